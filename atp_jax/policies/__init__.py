@@ -1,0 +1,1 @@
+"""What answers messages: the model under study, or answers read from a file."""

@@ -1,0 +1,76 @@
+"""Answers read from a file: for tests, for comparison with other implementations, and to see what an environment does."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from atp_jax.errors import UserError
+from atp_jax.policies.types import Answer, Request
+
+Address = tuple[int, int, int]  # episode, round, agent
+
+
+def _whole(row: dict, key: str, least: int, where: str, default: int | None = None) -> int:
+    value = row.get(key, default)
+    if value is None:
+        raise UserError(f'{where}: key "{key}" is missing')
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f'{where}: "{key}" must be a whole number of at least {least}, not {value!r}')
+    return value
+
+
+def load_script(path: str | Path) -> dict[Address, str]:
+    """Read JSON lines `{"episode": 0, "round": 1, "agent": 0, "answer": "..."}` (`agent` may be left out: 0).
+
+    Raises UserError with file and line for anything malformed, and for two answers to one question.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"policy.script: cannot read {path}: {error}") from error
+    answers: dict[Address, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be an object with episode, round, agent and answer")
+        address = (
+            _whole(row, "episode", 0, where),
+            _whole(row, "round", 1, where),
+            _whole(row, "agent", 0, where, default=0),
+        )
+        if not isinstance(row.get("answer"), str):
+            raise UserError(f'{where}: "answer" must be a string')
+        if address in answers:
+            raise UserError(f"{where}: episode {address[0]}, round {address[1]}, agent {address[2]} is answered twice")
+        answers[address] = row["answer"]
+    if not answers:
+        raise UserError(f"policy.script: {path} holds no answers")
+    return answers
+
+
+class ScriptedPolicy:
+    """Gives the answers of a script. Episodes count from 0 in the order they run, anew in every condition."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        self.answers = load_script(path)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        return [Answer(text=self._text(request)) for request in requests]
+
+    def recall(self, requests: Sequence[Request]) -> None:
+        """A script remembers nothing."""
+
+    def _text(self, request: Request) -> str:
+        try:
+            return self.answers[request.episode, request.round, request.agent]
+        except KeyError:
+            raise UserError(
+                f"{self.path}: no answer for episode {request.episode}, round {request.round}, agent {request.agent}"
+            ) from None

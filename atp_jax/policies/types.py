@@ -1,0 +1,45 @@
+"""What a policy is asked, what it answers, and what it must be able to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """One agent's turn in one round.
+
+    `condition`, `episode` and `agent` count from 0, `round` from 1; together with the seed of the run they
+    address the randomness of the answer. `messages` are `{"role", "content"}`; an assistant message may also carry
+    `"tokens"`, the ids it was sampled as, so that it need not be tokenised again.
+    """
+
+    condition: int
+    episode: int
+    agent: int
+    round: int
+    messages: list[dict]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: the text without special tokens, the ids sampled (stop token included), why it ended, and the
+    log-probability of the whole answer (None where the policy has none)."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    finish: str = "stop"
+    logprob: float | None = None
+
+
+class Policy(Protocol):
+    """Whatever answers messages."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer a request, in the order of the requests."""
+        ...
+
+    def recall(self, requests: Sequence[Request]) -> None:
+        """Rebuild what would be remembered had `requests` been answered: a run that was interrupted calls this once for
+        each round that was finished before, in order, and then goes on with `answer`."""
+        ...
