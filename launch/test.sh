@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The tests, from nothing but Python 3.11 or newer.
+set -euo pipefail
+
+if [ "${1:-}" = "--help" ]; then
+    cat <<'USAGE'
+usage: [ATP_EXTRA=torch] ./launch/test.sh [ARGUMENT...]
+
+Makes .venv, installs atp_jax with its test extra into it, and runs `pytest -q`. Arguments go to pytest:
+-m "not slow", tests/test_chat.py, -k name; paths are taken from the repository root.
+ATP_EXTRA=torch also installs torch, so that the tests which compare live with transformers run instead of being skipped.
+USAGE
+    exit 0
+fi
+
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+enter_venv test
+exec .venv/bin/python -m pytest -q "$@"
