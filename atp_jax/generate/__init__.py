@@ -1,0 +1,1 @@
+"""Generation: how tokens are drawn, and the engine that draws whole answers."""

@@ -1,0 +1,114 @@
+"""Drawing the next token: temperature, top-k and top-p of every row its own, and the log-probability of what was drawn.
+
+The order is that of transformers: logits / temperature, top-k, top-p, softmax, draw. All settings are arrays, so other
+values compile nothing. The key of a token is folded from what the token *is* (seed, condition, episode, agent, round,
+position in the answer), so a row draws the same tokens in any batch, on any number of devices, also after a restart.
+"""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from atp_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    temperature: 0 is greedy. top_p: in (0, 1], 1 is off. top_k: 0 is off. max_new_tokens: at least 1, the stop token
+    counts. Raises UserError for a value out of its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 64
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"sampling.temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p must lie in (0, 1], not {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"sampling.top_k must be 0 (off) or positive, not {self.top_k}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}")
+
+
+def stream_key(stream: jax.Array) -> jax.Array:
+    """The key of one answer. stream: uint32 [5] = (seed, condition, episode, agent, round) -> scalar key.
+
+    The generator is named, so that neither a flag nor a platform's default changes what a seed means.
+    """
+    key = jax.random.key(stream[0], impl="threefry2x32")
+    for part in range(1, 5):
+        key = jax.random.fold_in(key, stream[part])
+    return key
+
+
+def token_key(seed, condition, episode, agent, round, position) -> jax.Array:
+    """The key of one sampled token; position counts from 0 within the answer. Integers or traced scalars -> a key."""
+    stream = jnp.stack([jnp.asarray(part, jnp.uint32) for part in (seed, condition, episode, agent, round)])
+    return jax.random.fold_in(stream_key(stream), position)
+
+
+def token_keys(stream_keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """token_key for rows: keys [B] of their answers, int32 [B] positions -> keys [B]."""
+    return jax.vmap(jax.random.fold_in)(stream_keys, positions)
+
+
+def sample(
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draws one token a row: float32 [B, V], keys [B], float32 [B], int32 [B], float32 [B] -> int32 [B], float32 [B].
+
+    The log-probability is that of the distribution drawn from, after temperature, top-k and top-p. A greedy row
+    (temperature 0) draws from a point mass, which would say nothing: it reports the model's own log-probability
+    (temperature 1, nothing cut off) of the token it takes, the first of the largest.
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = temperature <= 0
+    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    cuts = ((top_k > 0) | (top_p < 1)) & ~greedy
+    # The sort of a whole vocabulary costs more than everything else here: skipped unless a row asks for it. A row that
+    # does not ask keeps every token in both branches, so its draw does not depend on its neighbours' settings.
+    scaled = jax.lax.cond(
+        jnp.any(cuts),
+        lambda x: truncate(x, jnp.where(cuts, top_k, 0), jnp.where(cuts, top_p, 1.0)),
+        lambda x: x,
+        scaled,
+    )
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scaled, axis=-1)
+    return tokens, log_probs
+
+
+def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Puts -inf on what top-k, then top-p cut off: float32 [B, V] (already divided by temperature), [B], [B] -> [B, V].
+
+    top_k: all tokens that reach the k-th largest logit stay (ties kept); 0 or more than V keeps all.
+    top_p: of what is left, renormalised, the smallest set of largest tokens whose probability reaches p stays, at least
+    one; among equal logits the smaller ids come first. 1 keeps all.
+    """
+    vocabulary = logits.shape[-1]
+    ids = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), logits.shape)
+    negated, order = jax.lax.sort((-logits, ids), num_keys=2)  # largest first, equal ones by id
+    ranked = -negated
+
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
+    kth = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
+    ranked = jnp.where(ranked >= kth, ranked, -jnp.inf)
+
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the mass of all larger tokens
+    stays = (before < top_p[:, None]) & (ranked > -jnp.inf)
+    count = jnp.maximum(jnp.sum(stays, axis=-1, dtype=jnp.int32), 1)
+    # The rounding of a sum over a large vocabulary must not cut the tail of a row that asked for all of it.
+    count = jnp.where(top_p < 1, count, jnp.sum(ranked > -jnp.inf, axis=-1, dtype=jnp.int32))
+    # Cut at the last token that stays, by value and id: no scatter back into the order of the vocabulary.
+    last = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
+    last_id = jnp.take_along_axis(order, count[:, None] - 1, axis=-1)
+    return jnp.where((logits > last) | ((logits == last) & (ids <= last_id)), logits, -jnp.inf)
