@@ -1,0 +1,1 @@
+"""Language models: configuration, the decoder, and Hugging Face directories in and out."""

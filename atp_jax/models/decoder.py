@@ -1,0 +1,228 @@
+"""One decoder for Qwen2.5, Qwen3 and Llama 3.x.
+
+Shapes: B rows, T tokens, S positions of a cache, H hidden size, N query heads, KV key and value heads, D head size,
+M size of the MLP, L layers, V vocabulary. Rows are left-aligned, padded on the right, positions count from 0.
+Norms, rotation, softmax and logits are computed in float32 whatever the parameters' dtype.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from atp_jax.models.config import DecoderConfig
+from atp_jax.models.rope import rotate
+
+QUERY_BLOCK = 128
+
+
+class KVCache(struct.PyTreeNode):
+    """Keys (rotated) and values: a tuple with one array [B, S, KV, D] a layer.
+
+    One array a layer, not one for all: a donated array that is updated in place is never copied, which cannot be said
+    of a stacked one that a scan over layers carries.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+def init_cache(config: DecoderConfig, batch: int, size: int, dtype=jnp.float32) -> KVCache:
+    """An empty cache of `size` positions for `batch` rows."""
+    shape = (batch, size, config.num_kv_heads, config.head_dim)
+
+    def zeros():
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    return KVCache(zeros(), zeros())
+
+
+class Layers(nnx.Module):
+    """The parameters of all layers, each with the leading axis L, and what one layer computes with its slice."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
+        hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+        size, inner = config.head_dim, config.intermediate_size
+        normal, ones, zeros = _declare(config, rngs, dtype, layers=True)
+        self.config = config
+        self.input_norm = ones(norm=hidden)
+        self.query = normal(embed=hidden, heads=heads, head_dim=size)
+        self.key = normal(embed=hidden, kv_heads=kv_heads, head_dim=size)
+        self.value = normal(embed=hidden, kv_heads=kv_heads, head_dim=size)
+        self.output = normal(heads=heads, head_dim=size, embed=hidden)
+        bias = config.attention_bias
+        self.query_bias = zeros(heads=heads, head_dim=size) if bias else None
+        self.key_bias = zeros(kv_heads=kv_heads, head_dim=size) if bias else None
+        self.value_bias = zeros(kv_heads=kv_heads, head_dim=size) if bias else None
+        self.output_bias = zeros(norm=hidden) if config.output_bias else None
+        self.query_norm = ones(head_dim=size) if config.qk_norm else None
+        self.key_norm = ones(head_dim=size) if config.qk_norm else None
+        self.mlp_norm = ones(norm=hidden)
+        self.gate = normal(embed=hidden, mlp=inner)
+        self.up = normal(embed=hidden, mlp=inner)
+        self.down = normal(mlp=inner, embed=hidden)
+        self.gate_bias = zeros(mlp=inner) if config.mlp_bias else None
+        self.up_bias = zeros(mlp=inner) if config.mlp_bias else None
+        self.down_bias = zeros(norm=hidden) if config.mlp_bias else None
+
+    def projections(self, x, positions):
+        """x [B, T, H] -> query [B, T, N, D], key and value [B, T, KV, D]; query and key normed and rotated."""
+        eps, rope = self.config.rms_norm_eps, self.config.rope
+        x = _rms_norm(x, self.input_norm, eps)
+        query = _linear("bth,hnd->btnd", x, self.query, self.query_bias)
+        key = _linear("bth,hnd->btnd", x, self.key, self.key_bias)
+        value = _linear("bth,hnd->btnd", x, self.value, self.value_bias)
+        if self.config.qk_norm:
+            query, key = _rms_norm(query, self.query_norm, eps), _rms_norm(key, self.key_norm, eps)
+        return rotate(query, positions, rope), rotate(key, positions, rope), value
+
+    def finish(self, x, attended):
+        """The rest of a layer: x [B, T, H] and what its heads attended [B, T, N, D] -> [B, T, H]."""
+        x = x + _linear("btnd,ndh->bth", attended, self.output, self.output_bias)
+        y = _rms_norm(x, self.mlp_norm, self.config.rms_norm_eps)
+        gate = _linear("bth,hm->btm", y, self.gate, self.gate_bias)
+        up = _linear("bth,hm->btm", y, self.up, self.up_bias)
+        return x + _linear("btm,mh->bth", jax.nn.silu(gate) * up, self.down, self.down_bias)
+
+
+class Decoder(nnx.Module):
+    """Token ids in, hidden states or logits out. `nnx.split` it once; inside `jit` merge and call.
+
+    Every parameter carries the names of its logical axes (`axes`), from which `parallel.param_shardings` follows.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        normal, ones, _ = _declare(config, rngs, dtype, layers=False)
+        self.config = config
+        self.embedding = normal(vocab=config.vocab_size, embed=config.hidden_size)
+        self.layers = Layers(config, rngs=rngs, dtype=dtype)
+        self.norm = ones(norm=config.hidden_size)
+        untied = not config.tie_word_embeddings
+        self.lm_head = normal(vocab=config.vocab_size, embed=config.hidden_size) if untied else None
+
+    def hidden(self, tokens, lengths, *, remat: bool = False):
+        """Hidden states of whole rows, without a cache, for training and scoring.
+
+        tokens int32 [B, T] padded on the right, lengths int32 [B] -> [B, T, H] after the last norm, 0 beyond a row's
+        length. remat: keep only each layer's input for the backward pass and compute the rest again.
+        """
+        positions = jnp.arange(tokens.shape[1])[None]
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x, params):
+            one = nnx.merge(graph, params)
+            query, key, value = one.projections(x, positions)
+            return one.finish(x, attend_causally(query, key, value)), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, self._embed(tokens), stacked)
+        x = _rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return jnp.where((positions < lengths[:, None])[..., None], x, 0)
+
+    def extend(self, tokens, start, cache: KVCache):
+        """Hidden states of new tokens that continue what the cache holds: prefill, append or decode.
+
+        tokens int32 [B, T], start int32 [B]: token t of row b has position start[b] + t. Its key and value are
+        written there (a position past the cache's end is not written anywhere) and it attends to all positions up to
+        its own. -> ([B, T, H] after the last norm, the cache). What padding behind a row's own tokens leaves in the
+        cache lies beyond the row's length: it is seen by no real token and is overwritten by later ones.
+        """
+        positions = start[:, None] + jnp.arange(tokens.shape[1])[None]
+        graph, stacked = nnx.split(self.layers)
+        x, keys, values = self._embed(tokens), [], []
+        for index in range(self.config.num_layers):
+            one = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+            query, key, value = one.projections(x, positions)
+            keys.append(_write(cache.keys[index], positions, key))
+            values.append(_write(cache.values[index], positions, value))
+            x = one.finish(x, attend_cached(query, keys[-1], values[-1], positions))
+        return _rms_norm(x, self.norm, self.config.rms_norm_eps), KVCache(tuple(keys), tuple(values))
+
+    def head(self, hidden):
+        """Logits float32 [..., V] of hidden states [..., H], accumulated in float32."""
+        weight = self.embedding if self.lm_head is None else self.lm_head
+        return _dot("...h,vh->...v", hidden, weight[...], jnp.float32)
+
+    def _embed(self, tokens):
+        # Clipped, so that padding of any value is harmless; whoever takes ids from outside checks them.
+        return self.embedding[...].at[tokens].get(mode="clip")
+
+
+def abstract(config: DecoderConfig, dtype=jnp.float32):
+    """(graphdef, parameters as shapes and dtypes) of a decoder, computing and allocating nothing."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+
+def _declare(config: DecoderConfig, rngs: nnx.Rngs, dtype, *, layers: bool):
+    """Makers of parameters: `normal(vocab=V, embed=H)` is one of shape [V, H] with these logical axes.
+
+    With `layers` each gets a leading axis "layers". Initial values: normal with the configuration's deviation, 1, 0.
+    """
+
+    def make(init, sizes):
+        sizes = {"layers": config.num_layers, **sizes} if layers else sizes
+        return nnx.Param(init(tuple(sizes.values())), axes=tuple(sizes))
+
+    def normal(shape):
+        # float32 first: the values do not depend on the dtype they are stored in
+        return (config.initializer_range * jax.random.normal(rngs.params(), shape)).astype(dtype)
+
+    inits = (normal, functools.partial(jnp.ones, dtype=dtype), functools.partial(jnp.zeros, dtype=dtype))
+    return tuple(lambda init=init, **sizes: make(init, sizes) for init in inits)
+
+
+def _dot(spec: str, a, b, dtype):
+    """einsum with float32 accumulation; float32 means float32 also where the hardware would rather use TF32 or bf16."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
+
+
+def _linear(spec: str, x, weight, bias):
+    y = _dot(spec, x, weight[...], x.dtype)
+    return y if bias is None else y + bias[...]
+
+
+def _rms_norm(x, scale, eps: float):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def _write(cache, positions, new):
+    """cache [B, S, KV, D] with new [B, T, KV, D] at positions [B, T]; those not below S are dropped.
+
+    Never dynamic_update_slice: it moves a block that would pass the end back onto positions that are valid.
+    """
+    return jax.vmap(lambda row, at, values: row.at[at].set(values, mode="drop"))(cache, positions, new)
+
+
+def _attend(query, key, value, allowed):
+    """softmax(q k / sqrt(D)) v. query [B, T, N, D], key and value [B, S, KV, D], allowed bool [B or 1, T, S].
+
+    Every query must be allowed at least one key. Query head n uses key head n // (N / KV). -> [B, T, N, D]
+    """
+    rows, length, heads, size = query.shape
+    grouped = query.reshape(rows, length, key.shape[2], heads // key.shape[2], size)
+    scores = _dot("btkgd,bskd->bkgts", grouped, key, jnp.float32) * size**-0.5
+    scores = jnp.where(allowed[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return _dot("bkgts,bskd->btkgd", weights, value, value.dtype).reshape(query.shape)
+
+
+def attend_causally(query, key, value):
+    """Each position attends to itself and all before it. query [B, T, N, D], key and value [B, T, KV, D]."""
+    length = query.shape[1]
+    blocks = []
+    for begin in range(0, length, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, length)
+        allowed = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
+        block = jax.checkpoint(_attend)(query[:, begin:end], key[:, :end], value[:, :end], allowed[None])
+        blocks.append(block)
+    return jnp.concatenate(blocks, axis=1)
+
+
+def attend_cached(query, keys, values, positions):
+    """Queries [B, T, N, D] at positions [B, T] attend to the cache's [B, S, KV, D] positions up to their own."""
+    allowed = jnp.arange(keys.shape[1]) <= positions[..., None]
+    return _attend(query, keys, values, allowed)
