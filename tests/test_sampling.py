@@ -1,4 +1,5 @@
 """The sampler against an independent float64 definition, against transformers' warpers, and by its draws' counts."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +95,7 @@ def test_support_and_log_probs_equal_the_float64_definition(logits, asked):
 @settings(max_examples=50)
 @given(rows_of_logits, per_row)
 def test_a_rows_draw_does_not_depend_on_its_neighbours_settings(logits, asked):
-    """Alone a plain row goes the way without a sort, beside a row with top-p the way with it: the same bits."""
+    """Alone a plain row goes the short way, beside a row with top-p the long one: the same bits."""
     temperature, top_k, top_p = (np.array(part) for part in zip(*asked, strict=True))
     temperature[0], top_k[0], top_p[0] = 0.9, 0, 1.0
     mixed = SAMPLE(logits, KEYS, temperature.astype(np.float32), top_k, top_p.astype(np.float32))
@@ -157,7 +158,7 @@ def test_a_row_that_asks_for_everything_keeps_a_large_vocabulary_whole():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("temperature", np.nan), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
+    [("temperature", -1.0), ("temperature", np.inf), ("top_p", 0),("top_p", 1.1), ("top_k", -1), ("max_new_tokens", 0)],
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=f"sampling.{name} must .* not {value}"):

@@ -4,6 +4,7 @@ The order is that of transformers: logits / temperature, top-k, top-p, softmax, 
 values compile nothing. The key of a token is folded from what the token *is* (seed, condition, episode, agent, round,
 position in the answer), so a row draws the same tokens in any batch, on any number of devices, also after a restart.
 """
+
 import dataclasses
 import math
 
@@ -72,8 +73,8 @@ def sample(
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
     cuts = ((top_k > 0) | (top_p < 1)) & ~greedy
-    # The sort of a whole vocabulary costs more than everything else here: skipped unless a row asks for it. A row that
-    # does not ask keeps every token in both branches, so its draw does not depend on its neighbours' settings.
+    # Many passes over the vocabulary, skipped unless a row asks for them. A row that does not ask keeps every token in
+    # both branches, so its draw does not depend on its neighbours' settings.
     scaled = jax.lax.cond(
         jnp.any(cuts),
         lambda x: truncate(x, jnp.where(cuts, top_k, 0), jnp.where(cuts, top_p, 1.0)),
@@ -93,22 +94,36 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     top_p: of what is left, renormalised, the smallest set of largest tokens whose probability reaches p stays, at least
     one; among equal logits the smaller ids come first. 1 keeps all.
     """
-    vocabulary = logits.shape[-1]
-    ids = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), logits.shape)
-    negated, order = jax.lax.sort((-logits, ids), num_keys=2)  # largest first, equal ones by id
-    ranked = -negated
+    order = _ordered(logits)
+    kth = _threshold(order, jnp.ones_like(order, jnp.int32), jnp.minimum(top_k, logits.shape[-1]))
+    kept = (order >= kth[:, None]) | (top_k <= 0)[:, None]
 
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
-    kth = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
-    ranked = jnp.where(ranked >= kth, ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    last = _threshold(order, probabilities, top_p)[:, None]
+    above, equal = order > last, order == last
+    # Of the tokens at the edge, as many as are still needed; the others of the same logit go.
+    missing = top_p - jnp.sum(jnp.where(above, probabilities, 0), axis=-1)
+    each = jnp.max(jnp.where(equal, probabilities, 0), axis=-1)
+    needed = jnp.maximum(jnp.ceil(missing / each), 1)
+    nucleus = above | (equal & (jnp.cumsum(equal, axis=-1) <= needed[:, None]))
+    return jnp.where(kept & (nucleus | (top_p >= 1)[:, None]), logits, -jnp.inf)
 
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the mass of all larger tokens
-    stays = (before < top_p[:, None]) & (ranked > -jnp.inf)
-    count = jnp.maximum(jnp.sum(stays, axis=-1, dtype=jnp.int32), 1)
-    # The rounding of a sum over a large vocabulary must not cut the tail of a row that asked for all of it.
-    count = jnp.where(top_p < 1, count, jnp.sum(ranked > -jnp.inf, axis=-1, dtype=jnp.int32))
-    # Cut at the last token that stays, by value and id: no scatter back into the order of the vocabulary.
-    last = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
-    last_id = jnp.take_along_axis(order, count[:, None] - 1, axis=-1)
-    return jnp.where((logits > last) | ((logits == last) & (ids <= last_id)), logits, -jnp.inf)
+
+def _ordered(values: jax.Array) -> jax.Array:
+    """float32 -> uint32 of the same order; equal floats (also 0 and -0) give equal integers."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(order: jax.Array, weights: jax.Array, at_least: jax.Array) -> jax.Array:
+    """The largest t for which the weights of order >= t sum to at_least: uint32 [B, V], [B, V], [B] -> uint32 [B].
+
+    Found bit by bit from the top: 32 sums over the vocabulary, which cost a fraction of sorting it.
+    """
+
+    def bit(i, low):
+        higher = low | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        weight = jnp.sum(jnp.where(order >= higher[:, None], weights, 0), axis=-1)
+        return jnp.where(weight >= at_least, higher, low)
+
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
