@@ -1,0 +1,1 @@
+"""What is said to agents: scenarios (the packs), the wording around them, and how messages are made."""
