@@ -1,5 +1,6 @@
-"""Answers read from a file: for tests, for comparison with other implementations, and to see what an environment does."""
+"""Answers read from a file: for tests, for comparison with other implementations, to see what an environment does."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def load_script(path: str | Path) -> dict[Address, str]:
     Raises UserError with file and line for anything malformed, and for two answers to one question.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"policy.script: cannot read {path}: {error}") from error
     answers: dict[Address, str] = {}
@@ -61,16 +62,19 @@ class ScriptedPolicy:
         self.path = path
         self.answers = load_script(path)
 
+    def require(self, episodes: int, rounds: int, agents: int = 1) -> None:
+        """Raise UserError unless every answer that a condition of this size needs is there."""
+        for address in itertools.product(range(episodes), range(1, rounds + 1), range(agents)):
+            self._text(*address)
+
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        return [Answer(text=self._text(request)) for request in requests]
+        return [Answer(text=self._text(request.episode, request.round, request.agent)) for request in requests]
 
     def recall(self, requests: Sequence[Request]) -> None:
         """A script remembers nothing."""
 
-    def _text(self, request: Request) -> str:
+    def _text(self, episode: int, number: int, agent: int) -> str:
         try:
-            return self.answers[request.episode, request.round, request.agent]
+            return self.answers[episode, number, agent]
         except KeyError:
-            raise UserError(
-                f"{self.path}: no answer for episode {request.episode}, round {request.round}, agent {request.agent}"
-            ) from None
+            raise UserError(f"{self.path}: no answer for episode {episode}, round {number}, agent {agent}") from None

@@ -33,7 +33,7 @@ class Answer:
 
 
 class Policy(Protocol):
-    """Whatever answers messages."""
+    """Whatever answers messages. What it remembers from round to round never passes from one condition to the next."""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in the order of the requests."""

@@ -1,0 +1,126 @@
+"""The command line.
+
+    python -m atp_jax --config=configs/quickstart.py --workdir=runs/quickstart [--config.evolve.rounds=10 ...]
+                      [--stages=evolve,report]
+
+--config    a Python file with get_config(arg=""); FILE:ARG passes ARG
+--config.X  any setting of it, as in --config.evolve.rounds=10 or --config.data.items="(3, 5)"
+--workdir   where the run is kept: the same command again resumes it, or shows its result again
+--stages    which stages run, in place of those the config names
+
+Exit status 0; 2 with one line on stderr for anything that you can mend.
+"""
+
+import dataclasses
+import os
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from atp_jax import experiment, settings
+from atp_jax.errors import UserError
+
+
+class _Optional(flags.ArgumentParser):
+    """A value or nothing: `--config.evolve.window=None` is as good as `=5`."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
+
+    def parse(self, argument):
+        return None if argument in (None, "None", "null") else self.parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return f"{self.parser.flag_type()} or None"
+
+
+# The types that settings.to_config gives its optional fields.
+config_flags.register_flag_parser_for_type(int | None, _Optional(flags.IntegerParser()))
+config_flags.register_flag_parser_for_type(int | float | None, _Optional(flags.FloatParser()))
+config_flags.register_flag_parser_for_type(bool | None, _Optional(flags.BooleanParser()))
+
+
+def load_config(path_and_arg: str) -> ConfigDict:
+    """What `get_config` of the Python file returns; `FILE:ARG` passes ARG. UserError when the file does not give it."""
+    path, _, arg = path_and_arg.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config: there is no file {path}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config):
+            raise UserError(f"--config: {path} has no function get_config")
+        return get_config(arg) if arg else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file of the user's can raise
+        raise UserError(f"--config: {path}: {type(error).__name__}: {error}") from error
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """`config` with `--config.NAME=VALUE` of `arguments` set, by the types of its fields."""
+    for argument in arguments:
+        if named := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            settings.check_name(named[1])
+    argv = ["atp_jax", *arguments]
+    flag_values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
+    left = flag_values(argv)[1:]
+    if left:
+        raise UserError(f"argument {left[0]!r} means nothing here; settings are written --config.NAME=VALUE")
+    return flag_values.config
+
+
+def parse(arguments: Sequence[str]) -> tuple[settings.Settings, Path]:
+    """The settings in force and the workdir. Raises UserError for anything wrong, having written nothing."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "config file", flag_values=flag_values)
+    flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=flag_values)
+    flags.DEFINE_list("stages", None, "stages to run", flag_values=flag_values)
+    try:
+        left = flag_values(["atp_jax", *arguments], known_only=True)[1:]
+        if not flag_values.config:
+            raise UserError("--config=FILE is missing, as in --config=configs/quickstart.py")
+        if not flag_values.workdir:
+            raise UserError("--workdir=DIRECTORY is missing, as in --workdir=runs/quickstart")
+        config = settings.to_config(settings.read_settings(load_config(flag_values.config)))
+        chosen = settings.read_settings(override(config, left))
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if flag_values.stages is not None:
+        chosen = dataclasses.replace(chosen, stages=tuple(flag_values.stages))
+    return settings.check_settings(chosen), Path(flag_values.workdir)
+
+
+def keep_compilations() -> None:
+    """What XLA compiled is kept between runs, under the user's cache directory unless JAX was told another."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "atp_jax" / "compilations"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line (without the program's name) and return its exit status."""
+    if any(argument in ("-h", "-help", "--help", "--helpfull") for argument in arguments):
+        print(__doc__)
+        return 0
+    try:
+        chosen, workdir = parse(arguments)
+        keep_compilations()
+        experiment.run(chosen, workdir)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command again goes on from the last finished round", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
