@@ -1,0 +1,1 @@
+"""How the embedded demonstration organism is made: life stories, a tokenizer, training and its examination."""

@@ -1,0 +1,188 @@
+"""Trains the organism from scratch on life stories: `python -m atp_jax.organism.train --out DIR --workdir DIR`.
+
+Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
+the rest; warm-up, a constant learning rate, then a linear decay to zero. Stories are drawn afresh for every chunk
+from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command goes on
+where it stopped.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from optax import contrib
+
+from atp_jax import checkpoint
+from atp_jax.models import huggingface
+from atp_jax.models.config import DecoderConfig
+from atp_jax.models.decoder import Decoder
+from atp_jax.organism.stories import LEXICON, stories
+from atp_jax.organism.tokenizer import END, START, train_tokenizer
+from atp_jax.scenarios.wording import load_wording
+
+OUT = flags.DEFINE_string("out", None, "directory for the finished model", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
+CHUNKS = flags.DEFINE_integer("chunks", 32, "how many chunks of stories to train on", lower_bound=1)
+
+CONTEXT = 2048
+VOCABULARY = 1280
+STORIES_PER_CHUNK = 1024
+TOKENIZER_STORIES = 4000  # drawn with seed 0 for every model, so that the seeds of a sweep share one vocabulary
+BUCKETS = ((160, 64), (352, 32), (640, 16), (768, 16), (896, 12))  # (tokens a row, rows a batch)
+AGENT_WEIGHT = 4.0
+LEARNING_RATE = 4e-3
+WARM_UP, DECAY = 0.03, 0.5  # shares of the training at its beginning and end
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 48,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+}
+
+
+def render(messages: list[dict]) -> str:
+    """A story as text, as the tokenizer's template writes it (checked in tests/test_organism.py)."""
+    return "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in messages)
+
+
+def encode(tokenizer, told: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Stories -> (ids int32 [T], loss weights float32 [T]); a weight belongs to the token it stands at."""
+    texts = [render(messages) for messages in told]
+    start, end = tokenizer.convert_tokens_to_ids([START, END])
+    assistant = tokenizer.encode("assistant", add_special_tokens=False)
+    rows = []
+    for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+        ids = np.asarray(encoding.ids, np.int32)
+        weights = np.ones(len(ids), np.float32)
+        ends = np.flatnonzero(ids == end)
+        for begin in np.flatnonzero(ids == start):
+            body = begin + 1 + len(assistant)
+            if list(ids[begin + 1 : body]) == assistant:
+                weights[body + 1 : ends[ends > begin][0] + 1] = AGENT_WEIGHT  # behind the line break, with the end token
+        rows.append((ids, weights))
+    return rows
+
+
+def batches(rows: list, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows in right-padded batches of the few shapes of `BUCKETS`: (tokens [B, T], weights [B, T], lengths [B])."""
+    made, floor = [], 0
+    for width, size in BUCKETS:
+        members = [row for row in rows if floor < len(row[0]) <= width]
+        floor = width
+        for first in range(0, len(members), size):
+            tokens, weights = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
+            lengths = np.ones(size, np.int32)
+            for i, (ids, weight) in enumerate(members[first : first + size]):
+                tokens[i, : len(ids)], weights[i, : len(ids)], lengths[i] = ids, weight, len(ids)
+            made.append((tokens, weights, lengths))
+    dropped = sum(len(row[0]) > floor for row in rows)
+    if dropped > 0.01 * len(rows):
+        raise ValueError(f"{dropped} of {len(rows)} stories are longer than the widest bucket of {floor} tokens")
+    np.random.default_rng(seed).shuffle(made)
+    return made
+
+
+def optimiser() -> optax.GradientTransformation:
+    """Muon for the layers' matrices, Adam for embedding and norms, both at one learning rate (applied by `step`)."""
+
+    def matrices(params):
+        return jax.tree.map(
+            lambda x: contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        contrib.muon(1.0, weight_decay=0.01, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices),
+    )
+
+
+def learning_rate(progress: float) -> float:
+    """Share of the training done -> learning rate: trapezoid."""
+    return LEARNING_RATE * min(1.0, progress / WARM_UP, (1.0 - progress) / DECAY)
+
+
+def make_step(graphdef, transform):
+    """The jitted update: (params, optimiser state, batch, learning rate) -> the same, loss per token of all and of the agent."""
+
+    def loss(params, tokens, weights, lengths):
+        model = nnx.merge(graphdef, params)
+        logits = model.head(model.hidden(tokens, lengths))[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        weights = weights[:, 1:]
+        agent = weights == AGENT_WEIGHT
+        return (losses * weights).sum() / weights.sum(), (losses * agent).sum() / agent.sum()
+
+    @jax.jit(donate_argnums=(0, 1))
+    def step(params, state, tokens, weights, lengths, rate):
+        (value, agent), gradient = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, lengths)
+        updates, state = transform.update(gradient, state, params)
+        updates = jax.tree.map(lambda u: u * rate, updates)
+        return optax.apply_updates(params, updates), state, value, agent
+
+    return step
+
+
+def main(argv):
+    del argv
+    workdir, out = Path(WORKDIR.value), Path(OUT.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    wording = load_wording()
+    corpus = stories(0, TOKENIZER_STORIES, wording, LEXICON["occupations"])
+    tokenizer = train_tokenizer((m["content"] for told in corpus for m in told), VOCABULARY, CONTEXT)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = DecoderConfig.from_dict(MODEL | {"eos_token_id": end, "pad_token_id": pad}, "the organism")
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(SEED.value)))
+    transform = optimiser()
+    state = {"params": params, "optimiser": transform.init(params), "tokens": 0}
+    done, state = checkpoint.restore(workdir / "checkpoints", state)
+    step = make_step(graphdef, transform)
+
+    with (workdir / "metrics.jsonl").open("a") as metrics:
+        for chunk in range(done, CHUNKS.value):
+            began = time.monotonic()
+            told = stories(1_000_000 * (SEED.value + 1) + chunk, STORIES_PER_CHUNK, wording, LEXICON["occupations"])
+            rows = encode(tokenizer, told)
+            seen = batches(rows, chunk)
+            losses = []
+            for i, batch in enumerate(seen):
+                rate = learning_rate((chunk + (i + 0.5) / len(seen)) / CHUNKS.value)
+                state["params"], state["optimiser"], *loss = step(state["params"], state["optimiser"], *batch, rate)
+                losses.append(loss)
+            count = sum(len(ids) for ids, _ in rows)
+            state["tokens"] += count
+            checkpoint.save(workdir / "checkpoints", chunk + 1, state)
+            line = {"chunk": chunk + 1, "tokens": state["tokens"], "seconds": round(time.monotonic() - began, 1)}
+            line |= dict(zip(("loss", "agent_loss"), np.mean(losses, 0).round(4).tolist(), strict=True))
+            print(json.dumps(line), flush=True)
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+
+    bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"])
+    huggingface.save(out, config, bf16)
+    tokenizer.save_pretrained(out)
+    generation = {"do_sample": True, "temperature": 1.0, "eos_token_id": end, "pad_token_id": pad}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
