@@ -19,16 +19,15 @@ from pathlib import Path
 
 import jax
 
-from atp_jax import analysis, parallel
+from atp_jax import analysis
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling
-from atp_jax.model import load_model
-from atp_jax.policies.model import ModelPolicy
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
 from atp_jax.progress import Progress
 from atp_jax.rollout import Condition, Finished, append, run_condition
-from atp_jax.scenarios.pack import Scenario, load_role_play
+from atp_jax.scenarios.pack import Scenario, load_role_play, warnings
+from atp_jax.scenarios.role_play import check
 from atp_jax.scenarios.wording import load_wording
 from atp_jax.settings import SamplingSettings, Settings, flatten
 
@@ -61,6 +60,10 @@ def make_policy(settings: Settings, scenarios: tuple[Scenario, ...]) -> tuple[Po
         policy = ScriptedPolicy(settings.policy.script)
         policy.require(len(scenarios) * settings.evolve.samples, settings.evolve.rounds)
         return policy, None
+    from atp_jax import parallel  # here, so that a scripted run starts without what a model needs
+    from atp_jax.model import load_model
+    from atp_jax.policies.model import ModelPolicy
+
     mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     model = load_model(settings.policy.model, dtype=settings.policy.dtype, mesh=mesh)
     sampling = sampling_in_force(settings.sampling, model.generation)
@@ -175,8 +178,10 @@ def _mend(path: Path) -> None:
 
 def evolve(settings: Settings, workdir: Path) -> None:
     """Live through every condition, then write `results.json`. Goes on from the last finished round."""
-    scenarios = load_role_play(settings.data.path, settings.data.items, settings.data.limit, settings.parity)
+    scenarios = load_role_play(settings.data.path, settings.data.items, settings.data.limit)
     wording = load_wording(settings.wording)
+    for note in (*warnings(scenarios), *check(scenarios, settings.evolve.supervision, wording, settings.parity)):
+        print("note:", note)
     policy, sampling = make_policy(settings, scenarios)
     in_force = {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()} if sampling else {}
     document = {"config": _configuration(settings), "in_force": in_force, **_machine()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
+from atp_jax.envs.role_play import PATTERNS
 from atp_jax.errors import UserError
 
 TESTBEDS = ("role_play",)
@@ -23,16 +24,6 @@ STAGES = ("evolve", "report")  # in the order they run
 KINDS = ("model", "scripted")
 DTYPES = ("float32", "bfloat16")
 CONTROLS = ("none", "no_history")
-SUPERVISION = (
-    "alternating",
-    "mostly_supervised",
-    "mostly_unsupervised",
-    "last_supervised",
-    "last_unsupervised",
-    "all_supervised",
-    "all_unsupervised",
-    "random",
-)
 
 
 @dataclass(frozen=True)
@@ -259,9 +250,9 @@ def check_settings(settings: Settings) -> Settings:
     _at_least("sampling.max_new_tokens", sampling.max_new_tokens, 1)
 
     _at_least("evolve.rounds", evolve.rounds, 1)
-    _at_least("evolve.window", evolve.window, 1)  # no history at all is a control, not a window
+    _at_least("evolve.window", evolve.window, 0)
     _at_least("evolve.samples", evolve.samples, 1)
-    _one_of("evolve.supervision", evolve.supervision, SUPERVISION)
+    _one_of("evolve.supervision", evolve.supervision, PATTERNS)
     if not evolve.controls:
         raise UserError("setting evolve.controls is empty: no condition would run")
     for control in evolve.controls:
