@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +123,7 @@ def _refuse_difference(workdir: Path, recorded: dict, now: dict, what: str) -> N
 
 @contextmanager
 def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
-    """Make the workdir and its `config.json`. If the run then fails before a round is finished, both go again.
+    """Make the workdir and its `config.json`; if a run that began here fails within its first round, both go again.
 
     OSError in here (no permission, disk full) is the user's to mend as well.
     """
@@ -135,19 +136,24 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
             write_json(config, document)
         yield
     except (UserError, OSError) as error:
-        if fresh and not any(workdir.glob("evolve/*/episodes.jsonl")):
-            for path in (config, *new):
-                _remove(path)
+        if fresh and not (workdir / "metrics.jsonl").exists():
+            shutil.rmtree(workdir / "evolve", ignore_errors=True)
+            config.unlink(missing_ok=True)
+            for path in new:
+                if path.is_dir():
+                    path.rmdir()
         if isinstance(error, OSError):
             raise UserError(f"cannot write {error.filename or workdir}: {error.strerror or error}") from error
         raise
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.rmdir() if path.is_dir() else path.unlink()
-    except OSError:
-        pass  # never made, or holds what is not ours
+def _check_place(workdir: Path) -> None:
+    """Raise UserError where a workdir plainly cannot be, before anything is loaded for it."""
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write {workdir}: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {workdir}: no permission to write in {there}")
 
 
 def _episodes_file(workdir: Path, condition: Condition) -> Path:
@@ -242,9 +248,12 @@ def report(settings: Settings, workdir: Path) -> None:
 
 def run(settings: Settings, workdir: Path) -> None:
     """Run the stages that the settings name. The same again resumes, and a finished stage is not run again."""
+    _check_place(workdir)
     recorded = read_json(workdir / "config.json")
     if recorded is not None:
         _refuse_difference(workdir, recorded["config"], _configuration(settings), "another configuration")
+    elif any((workdir / name).exists() for name in ("evolve", "metrics.jsonl", "results.json")):
+        raise UserError(f"{workdir} holds a run without its config.json; use another workdir")
     if "evolve" in settings.stages:
         if (workdir / "results.json").exists():
             print(f"{workdir} holds the finished run")
