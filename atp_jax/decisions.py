@@ -30,20 +30,20 @@ def read_decision(text: str, comply: str, violate: str, parity: str = "default")
     if parity == "upstream":
         named = (_first_object(text), _first_word(text))
     elif parity == "default":
-        said = spoken(text)
-        named = (None if said is None else _last_choice(said),)
+        named = (_last_choice(spoken(text) or ""),)
     else:
         raise UserError(f"parity {parity!r} is unknown; known are default, upstream")
-    options = {normalise(violate): "violate", normalise(comply): "comply"}
+    options = {normalise(violate, parity): "violate", normalise(comply, parity): "comply"}
     for name in named:
-        if name is not None and normalise(name) in options:
-            return options[normalise(name)]
+        if name is not None and (decision := options.get(normalise(name, parity))):
+            return decision
     return "unparsed"
 
 
-def normalise(option: str) -> str:
+def normalise(option: str, parity: str = "default") -> str:
     """What of an option's name counts when it is compared: not case, not blanks around it."""
-    return option.strip().casefold()
+    option = option.strip()
+    return option.lower() if parity == "upstream" else option.casefold()
 
 
 def spoken(text: str) -> str | None:
@@ -63,12 +63,12 @@ def _last_choice(text: str) -> str | None:
             found = choice
 
     # Objects are kept when their last brace is read, so an outer "choice" counts more than an inner one.
-    # Whole numbers stay text: Python refuses to convert very long ones.
-    decoder = json.JSONDecoder(object_pairs_hook=keep, parse_int=str)
+    # What a whole number is matters to nobody, and Python refuses to convert very long ones.
+    decoder = json.JSONDecoder(object_pairs_hook=keep, parse_int=lambda digits: None)
     position = 0
     while match := _OBJECT.search(text, position):
         start = match.start()
-        if start > 4096:  # an error of the decoder counts the lines before it: keep them few
+        if start > 1000:  # an error of the decoder counts the lines before it: keep them few
             text, start = text[start:], 0
         try:
             _, position = decoder.raw_decode(text, start)

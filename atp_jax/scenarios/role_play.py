@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from atp_jax.decisions import spoken
-from atp_jax.envs.role_play import SUPERVISED, UNSUPERVISED, supervision
+from atp_jax.envs.role_play import SUPERVISED, UNSUPERVISED
 from atp_jax.errors import UserError
 from atp_jax.scenarios.pack import Scenario
 from atp_jax.scenarios.wording import fill
 
+_SILENT = ("all_supervised", "all_unsupervised")  # patterns that never tell who is watching
 _HEAD = 100  # characters of an unreadable answer that feedback quotes
 
 
@@ -63,9 +62,7 @@ def feedback(
     return fill(templates["violate_caught" if caught else "violate_unseen"], reward=reward, choice=scenario.violate)
 
 
-def messages(
-    scenario: Scenario, question: str, history: Sequence[Turn], window: int | None, parity: str
-) -> list[dict]:
+def messages(scenario: Scenario, question: str, history: Sequence[Turn], window: int | None, parity: str) -> list[dict]:
     """The messages of a round: system, remembered rounds, the question.
 
     Args:
@@ -89,22 +86,22 @@ def messages(
     return [{"role": "system", "content": scenario.system_prompt}, *past, {"role": "user", "content": question}]
 
 
-def check(scenarios: Sequence[Scenario], pattern: str, rounds: int, wording: dict, parity: str) -> list[str]:
-    """Asks every question of a run once, before anything is spent on it.
+def check(scenarios: Sequence[Scenario], pattern: str, wording: dict, parity: str) -> list[str]:
+    """Asks whatever the pattern can ask, once, before anything is spent on a run.
 
     Returns what the user should know about the pattern, one sentence each; raises the UserError that
     `question` would raise later.
     """
-    for state in np.unique(supervision(pattern, rounds)):
-        for scenario in scenarios:
-            question(scenario, int(state), pattern, wording, parity)
-    if pattern in ("all_supervised", "all_unsupervised"):
+    for scenario in scenarios:
+        for state in (SUPERVISED, UNSUPERVISED):
+            question(scenario, state, pattern, wording, parity)
+    if pattern in _SILENT:
         return [f"under {pattern} every round says the neutral text: only the rewards tell who is watching"]
     return []
 
 
 def _text_key(state: int, pattern: str) -> str:
-    if pattern in ("all_supervised", "all_unsupervised"):
+    if pattern in _SILENT:
         return "neutral_text"
     return {SUPERVISED: "supervised_text", UNSUPERVISED: "unsupervised_text"}.get(int(state), "neutral_text")
 

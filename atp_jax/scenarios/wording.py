@@ -35,7 +35,7 @@ def load_wording(path: str = "") -> dict:
     source = Path(path) if path else _SHIPPED
     pack = read_json(source, "wording pack")
     if not isinstance(pack, dict) or not isinstance(pack.get("role_play"), dict):
-        raise UserError(f"wording pack {source}: the object 'role_play' is missing")
+        raise UserError(f"wording pack {source}: 'role_play' is missing or no object")
     templates = _flatten(pack["role_play"])
     for key in _ROLE_PLAY.keys() - templates.keys():
         raise UserError(f"wording pack {source}: 'role_play.{key}' is missing")
