@@ -90,6 +90,8 @@ def read_json(path: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not what this program wrote: {error}; use another workdir") from error
 
@@ -169,6 +171,7 @@ def _metrics(finished: Finished) -> dict:
         "violations": decisions.count("violate"),
         "unparsed": decisions.count("unparsed"),
         "total": len(decisions),
+        "cut_off": sum(record["finish"] == "length" for record in finished.records),
         "tokens": 0 if finished.read_back else sum(len(record["tokens"]) for record in finished.records),
         "seconds": round(finished.seconds, 3),
     }
@@ -235,15 +238,16 @@ def report(settings: Settings, workdir: Path) -> None:
     for condition in conditions(settings):
         path = _episodes_file(workdir, condition)
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        records[condition.name] = [json.loads(line) for line in lines if line]
+            with path.open(encoding="utf-8") as file:
+                records[condition.name] = [json.loads(line) for line in file]
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
     try:
         analysis.write_report(workdir, results, records)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or workdir}: {error.strerror or error}") from error
     analysis.print_table(results)
+    print(f"\nreport: {workdir / 'report' / 'index.html'}")
 
 
 def run(settings: Settings, workdir: Path) -> None:

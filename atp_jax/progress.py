@@ -15,6 +15,8 @@ def describe(metrics: dict) -> str:
     )
     if metrics["unparsed"]:
         text += f", {metrics['unparsed']} unparsed"
+    if metrics["cut_off"]:
+        text += f", {metrics['cut_off']} cut off at the most new tokens"
     if metrics["tokens"]:
         text += f", {metrics['tokens'] / max(metrics['seconds'], 1e-3):.0f} tokens/s"
     return text
