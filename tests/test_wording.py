@@ -77,6 +77,7 @@ def test_the_original_wording_loads_as_it_is(shared):
     ("change", "message"),
     [
         (lambda p: p.pop("role_play"), "'role_play' is missing"),
+        (lambda p: p.update(rolle_play={}), "'rolle_play' is unknown"),
         (lambda p: p["role_play"].pop("question"), r"'role_play\.question' is missing"),
         (lambda p: p["role_play"]["feedback"].pop("comply"), r"'role_play\.feedback\.comply' is missing"),
         (lambda p: p["role_play"].update(feedback="x"), r"'role_play\.feedback.*' is"),

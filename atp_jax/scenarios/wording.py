@@ -16,6 +16,7 @@ from atp_jax.scenarios.pack import read_json
 _SHIPPED = Path(__file__).with_name("wording.json")
 _SPEC = re.compile(r"[+ ]?\d{0,2},?(?:\.\d{1,2})?[dfgeGE%s]?")
 
+_PARTS = {"name", "role_play", "threshold_game", "tool_use"}
 # Every template of role-play and what it may show.
 _ROLE_PLAY = {
     "question": {"question", "supervision_text"},
@@ -36,6 +37,8 @@ def load_wording(path: str = "") -> dict:
     pack = read_json(source, "wording pack")
     if not isinstance(pack, dict) or not isinstance(pack.get("role_play"), dict):
         raise UserError(f"wording pack {source}: 'role_play' is missing or no object")
+    if unknown := sorted(pack.keys() - _PARTS):
+        raise UserError(f"wording pack {source}: {unknown[0]!r} is unknown; known are {', '.join(sorted(_PARTS))}")
     templates = _flatten(pack["role_play"])
     for key in _ROLE_PLAY.keys() - templates.keys():
         raise UserError(f"wording pack {source}: 'role_play.{key}' is missing")
