@@ -14,8 +14,6 @@ from flax import nnx, struct
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.rope import rotate
 
-QUERY_BLOCK = 128
-
 
 class KVCache(struct.PyTreeNode):
     """Keys (rotated) and values: a tuple with one array [B, S, KV, D] a layer.
@@ -113,9 +111,9 @@ class Decoder(nnx.Module):
         def layer(x, params):
             one = nnx.merge(graph, params)
             query, key, value = one.projections(x, positions)
-            return one.finish(x, attend_causally(query, key, value)), None
+            return one.finish(x, attend_causally(query, key, value, remat)), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, self._embed(tokens), stacked)
+        x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, self._embed(tokens), stacked)
         x = _rms_norm(x, self.norm, self.config.rms_norm_eps)
         return jnp.where((positions < lengths[:, None])[..., None], x, 0)
 
@@ -197,32 +195,59 @@ def _write(cache, positions, new):
     return jax.vmap(lambda row, at, values: row.at[at].set(values, mode="drop"))(cache, positions, new)
 
 
-def _attend(query, key, value, allowed):
-    """softmax(q k / sqrt(D)) v. query [B, T, N, D], key and value [B, S, KV, D], allowed bool [B or 1, T, S].
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """(begin, end) of the blocks of queries that are attended at a time: 128 long, longer where it would be over 16."""
+    size = max(128, -(-length // 16))
+    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
-    Every query must be allowed at least one key. Query head n uses key head n // (N / KV). -> [B, T, N, D]
-    """
+
+def _by_group(query, kv_heads: int):
+    """[B, T, N, D] -> [B, KV, N / KV, T, D]: query head n reads key head n // (N / KV)."""
     rows, length, heads, size = query.shape
-    grouped = query.reshape(rows, length, key.shape[2], heads // key.shape[2], size)
-    scores = _dot("btkgd,bskd->bkgts", grouped, key, jnp.float32) * size**-0.5
+    return query.reshape(rows, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+
+
+def _by_position(attended):
+    """[B, KV, G, T, D] -> [B, T, KV * G, D]"""
+    rows, kv_heads, group, length, size = attended.shape
+    return attended.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * group, size)
+
+
+def _attend(query, key, value, allowed):
+    """softmax(q k^T / sqrt(D)) v, softmax in float32, divided by its sum at the end, where the array is smallest.
+
+    query [B, KV, G, T, D], key and value [B, KV, S, D], allowed bool [B or 1, T, S] -> [B, KV, G, T, D]. Every query
+    must be allowed at least one key.
+    """
+    scores = _dot("bkgtd,bksd->bkgts", query, key, jnp.float32) * query.shape[-1] ** -0.5
     scores = jnp.where(allowed[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return _dot("bkgts,bskd->btkgd", weights, value, value.dtype).reshape(query.shape)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    attended = _dot("bkgts,bksd->bkgtd", weights.astype(value.dtype), value, jnp.float32)
+    return (attended / weights.sum(-1, keepdims=True)).astype(value.dtype)
 
 
-def attend_causally(query, key, value):
-    """Each position attends to itself and all before it. query [B, T, N, D], key and value [B, T, KV, D]."""
-    length = query.shape[1]
-    blocks = []
-    for begin in range(0, length, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, length)
-        allowed = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
-        block = jax.checkpoint(_attend)(query[:, begin:end], key[:, :end], value[:, :end], allowed[None])
-        blocks.append(block)
-    return jnp.concatenate(blocks, axis=1)
+def attend_causally(query, key, value, remat: bool = False):
+    """Each position attends to itself and to all before it. query [B, T, N, D], key and value [B, T, KV, D].
+
+    A block of queries at a time and only against the keys up to its end, so that half of the scores are never
+    computed. Forward and backward on 2 CPU cores, B 16, T 768, N 4, D 48: 692 ms and 463 MB for the whole [T, T] at
+    once, 253 ms and 294 MB so (blocks of 256: 350 ms; lax.map over blocks with all keys: 1050 ms). remat: the scores
+    of a block are computed again in the backward pass instead of kept.
+    """
+    attend = jax.checkpoint(_attend, prevent_cse=False) if remat else _attend
+    query, key, value = _by_group(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    done = []
+    for begin, end in _blocks(query.shape[3]):
+        allowed = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
+        done.append(attend(query[:, :, :, begin:end], key[:, :, :end], value[:, :, :end], allowed[None]))
+    return _by_position(jnp.concatenate(done, axis=3))
 
 
 def attend_cached(query, keys, values, positions):
-    """Queries [B, T, N, D] at positions [B, T] attend to the cache's [B, S, KV, D] positions up to their own."""
-    allowed = jnp.arange(keys.shape[1]) <= positions[..., None]
-    return _attend(query, keys, values, allowed)
+    """Queries [B, T, N, D] at positions [B, T] attend to those of the cache [B, S, KV, D] up to their own."""
+    query, keys, values = _by_group(query, keys.shape[2]), keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    done = []
+    for begin, end in _blocks(query.shape[3]):
+        allowed = jnp.arange(keys.shape[2]) <= positions[:, begin:end, None]
+        done.append(_attend(query[:, :, :, begin:end], keys, values, allowed))
+    return _by_position(jnp.concatenate(done, axis=3))
