@@ -1,0 +1,94 @@
+"""The mesh and what lies where on it.
+
+Three mesh axes. `data`: rows of a batch. `fsdp`: rows of a batch and a slice of every parameter. `tensor`: heads, the
+inner size of the MLP and the vocabulary. One device is a mesh of one, so that there is no other path than this one.
+Parameters carry the names of their logical axes (models/decoder.py); `RULES` is the one place that maps those names,
+and the names of a batch's axes, to mesh axes.
+"""
+
+import math
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from atp_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of all devices (or of those given) with axes data, fsdp, tensor; one size may be -1: what is left.
+
+    Raises UserError where the sizes do not multiply to the number of devices, saying which would.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1:
+            raise UserError(f"mesh.{name} must be a positive integer or -1 (what is left), found {size!r}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"only one mesh size may be -1, found {' and '.join('mesh.' + name for name in free)}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        # Keep as much as possible of what was asked, the later axes first: they are the ones a model's size asks for.
+        tensor = math.gcd(len(devices), max(tensor, 1))
+        fsdp = math.gcd(len(devices) // tensor, max(fsdp, 1))
+        works = f"data=-1 (here {len(devices) // tensor // fsdp}), fsdp={fsdp}, tensor={tensor}"
+        raise UserError(f"mesh {asked} does not fit {len(devices)} device(s); what fits: {works}")
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
+    """The sharding of an array with these logical axes, e.g. ("batch", "length", "kv_heads", "head_dim")."""
+    return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in axes)))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp; every other axis of the array whole."""
+    return named_sharding(mesh, "batch")
+
+
+def param_shardings(params, mesh: Mesh):
+    """A tree like `params` (the nnx state of a Decoder, abstract or not) with a NamedSharding at every leaf.
+
+    Raises UserError where a mesh size does not divide a dimension it would split, with the sizes that divide all.
+    """
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    _check_divisible(jax.tree.leaves(params, is_leaf=is_variable), mesh)
+    return jax.tree.map(
+        lambda variable: variable.replace(named_sharding(mesh, *variable.get_metadata("axes"))),
+        params,
+        is_leaf=is_variable,
+    )
+
+
+def _check_divisible(variables, mesh: Mesh) -> None:
+    dimensions = {}  # mesh axis -> {logical axis: its size}
+    for variable in variables:
+        for name, size in zip(variable.get_metadata("axes"), variable.shape, strict=True):
+            if RULES[name] is not None:
+                dimensions.setdefault(RULES[name], {})[name] = size
+    for axis, sizes in dimensions.items():
+        parts = mesh.shape[axis]
+        for name, size in sizes.items():
+            if size % parts:
+                common = math.gcd(*sizes.values())
+                works = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0 and n <= mesh.size)
+                raise UserError(f"mesh.{axis}={parts} does not divide the model's {name}={size}; what divides: {works}")
