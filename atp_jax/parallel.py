@@ -70,13 +70,15 @@ def param_shardings(params, mesh: Mesh):
 
     Raises UserError where a mesh size does not divide a dimension it would split, with the sizes that divide all.
     """
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+
+    def is_variable(leaf):
+        return isinstance(leaf, nnx.Variable)
+
+    def place(variable):
+        return variable.replace(named_sharding(mesh, *variable.get_metadata("axes")))
+
     _check_divisible(jax.tree.leaves(params, is_leaf=is_variable), mesh)
-    return jax.tree.map(
-        lambda variable: variable.replace(named_sharding(mesh, *variable.get_metadata("axes"))),
-        params,
-        is_leaf=is_variable,
-    )
+    return jax.tree.map(place, params, is_leaf=is_variable)
 
 
 def _check_divisible(variables, mesh: Mesh) -> None:

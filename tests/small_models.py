@@ -1,0 +1,51 @@
+"""Small stored checkpoints (tests/fixtures) for whoever needs a model in a test, and one way to run them."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from atp_jax import parallel
+from atp_jax.models import huggingface
+from atp_jax.models.decoder import abstract
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+NAMES = ("qwen2", "qwen2_yarn", "qwen3", "llama31", "llama_linear")
+
+
+def load(directory, dtype="float32", mesh=None):
+    """(config, graphdef, params) of a model directory."""
+    config = huggingface.load_config(directory)
+    mesh = parallel.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    return config, abstract(config, dtype)[0], huggingface.load_params(directory, config, dtype, mesh)
+
+
+@jax.jit(static_argnums=0)
+def hidden(graphdef, params, tokens, lengths):
+    """Hidden states [B, T, H] without a cache."""
+    return nnx.merge(graphdef, params).hidden(tokens, lengths)
+
+
+@jax.jit(static_argnums=0)
+def logits(graphdef, params, tokens, lengths):
+    """Logits [B, T, V] without a cache."""
+    decoder = nnx.merge(graphdef, params)
+    return decoder.head(decoder.hidden(tokens, lengths))
+
+
+@jax.jit(static_argnums=0)
+def extend(graphdef, params, tokens, start, cache):
+    """Hidden states [B, T, H] of what continues the cache, and the new cache."""
+    return nnx.merge(graphdef, params).extend(tokens, start, cache)
+
+
+def real(array, lengths) -> np.ndarray:
+    """The rows' real positions one after another: [B, T, ...] -> [sum of lengths, ...]."""
+    return np.concatenate([np.asarray(row)[:length] for row, length in zip(array, lengths, strict=True)])
+
+
+def expected(name: str):
+    """tokens [3, T], lengths [3] and logits [sum of lengths, V] that transformers computed for a fixture."""
+    with np.load(FIXTURES / name / "expected.npz") as stored:
+        return stored["tokens"], stored["lengths"], stored["logits"]
