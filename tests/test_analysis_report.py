@@ -170,7 +170,8 @@ def test_picture_shows_each_line_where_its_rate_is():
 @pytest.mark.parametrize("count", [0, 1, 6, 20])
 def test_picture_of_few_and_many(count):
     records = records_of([(0, "cvu"), (1, "ccv")])
-    conditions = [summarise(f"${i} & _^", "$x$ m", "none", {}, records, 0) for i in range(count)]
+    name = r"$\no\such$ % _^"  # as a formula it would be an error
+    conditions = [summarise(f"{i} {name}", name, "none", {}, records, 0) for i in range(count)]
     data = plots.tipping_png({"testbed": "role_play", "conditions": conditions})
     assert data.startswith(b"\x89PNG") and b"matplotlib" not in data.lower()
 

@@ -197,15 +197,17 @@ def rates_by_round(lives: Lives, seed: int) -> list[dict]:
         violating, present = per_cluster(lives.clusters, decided == VIOLATE), per_cluster(lives.clusters, decided >= 0)
         rate, interval = share(violating, present, seed)
         unparsed, total = int((decided == UNPARSED).sum()), int(present.sum())
-        rows.append({
-            "round": number,
-            "violations": int(violating.sum()),
-            "unparsed": unparsed,
-            "total": total,
-            "rate": rate,
-            "unparsed_rate": unparsed / total,
-            "ci95": list(interval),
-        })
+        rows.append(
+            {
+                "round": number,
+                "violations": int(violating.sum()),
+                "unparsed": unparsed,
+                "total": total,
+                "rate": rate,
+                "unparsed_rate": unparsed / total,
+                "ci95": list(interval),
+            }
+        )
     return rows
 
 

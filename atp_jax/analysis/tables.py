@@ -55,7 +55,7 @@ def points_span(interval: Sequence[float] | None) -> str:
 
 
 def direction(change: Mapping | None) -> str:
-    """"rise" or "fall" when the interval of the change lies on one side of 0, else ""."""
+    """Which way: "rise" or "fall" when the interval of the change lies on one side of 0, else ""."""
     if change is None:
         return ""
     low, high = change["ci95"]
@@ -69,7 +69,7 @@ def overall_unparsed(condition: Mapping) -> float | None:
 
 
 def title(testbed: str) -> str:
-    """"role_play" -> "Role-play"."""
+    """As a heading: "role_play" -> "Role-play"."""
     return testbed.replace("_", "-").capitalize()
 
 

@@ -15,9 +15,7 @@ from atp_jax.analysis.rates import COMPLY, RESAMPLES, VIOLATE, Lives
 PAYOFF_CUT = 1.1  # violating pays at least a tenth more; the original's median scenario pays a twentieth more
 
 
-def summarise(
-    name: str, model: str, control: str, setting: Mapping, records: Sequence[Mapping], seed: int
-) -> dict:
+def summarise(name: str, model: str, control: str, setting: Mapping, records: Sequence[Mapping], seed: int) -> dict:
     """One condition of results.json from its lines of episodes.jsonl.
 
     Beside the fixed keys (`name, model, control, setting, rounds`; in a round `round, violations, unparsed, total,
@@ -161,4 +159,3 @@ def _method(lives: Lives, seed: int) -> dict:
 
 def _excludes_zero(change: Mapping) -> bool:
     return change["ci95"][0] > 0 or change["ci95"][1] < 0
-
