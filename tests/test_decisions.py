@@ -200,6 +200,8 @@ def by_the_patterns(text: str, comply: str, violate: str) -> str:
 @example('choice:choice:"RouteA"')
 @example('{"choice": "x{"choice": "RouteA"}')
 @example('{"choice": "a}b"} {"choice": "RouteA"}')
+@example('{"choice": "Route A"')
+@example('{} "choice": "Route A"}')
 def test_upstream_agrees_with_the_original_patterns(text):
     for options in ((A, B), ("RouteA", "x"), ("choice", ":")):
         assert read_decision(text, *options, "upstream") == by_the_patterns(text, *options)

@@ -233,6 +233,11 @@ def test_a_file_that_is_no_pack_is_refused(content, message, tmp_path):
         load_role_play(saved(tmp_path, content))
 
 
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    path = saved(tmp_path, "\ufeff" + json.dumps([row()]))
+    assert len(load_role_play(path)) == 1
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json"):
         load_role_play(str(tmp_path / "nowhere.json"))
