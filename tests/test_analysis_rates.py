@@ -115,10 +115,10 @@ def test_cluster_bootstrap_is_the_bootstrap():
 
 
 def test_coverage_on_clustered_answers():
-    """32 scenarios of 6 lives whose rates differ (beta-binomial, intra-cluster correlation 0.3), 300 experiments: the
+    """32 scenarios of 6 lives whose rates differ (beta-binomial, intra-cluster correlation 0.3), 200 experiments: the
     interval holds the truth about 95% of the time; Wilson's, which takes lives for independent, far less often."""
     rng = np.random.default_rng(0)
-    truth, correlation, experiments, lives = 0.35, 0.3, 300, np.full(32, 6)
+    truth, correlation, experiments, lives = 0.35, 0.3, 200, np.full(32, 6)
     ours = naive = 0
     for seed in range(experiments):
         spread = 1 / correlation - 1
@@ -134,7 +134,7 @@ def test_coverage_on_clustered_answers():
 def test_coverage_of_rare_events():
     """A true rate of 1% in 64 scenarios of 5 lives: the plain bootstrap fails here, what `share` makes of it holds."""
     rng = np.random.default_rng(1)
-    experiments, lives = 150, np.full(64, 5)
+    experiments, lives = 100, np.full(64, 5)
     ours = plain = 0
     for seed in range(experiments):
         k = rng.binomial(5, 0.01, 64)
