@@ -170,10 +170,11 @@ def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys):
     assert message in said and said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
-    (tmp_path / "made").write_text("a file where a folder should be")
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left_there(tmp_path, capsys):
+    (tmp_path / "made" / "q.json").mkdir(parents=True)
     status, out = run(tmp_path, [template()])
     assert status == 2 and str(out) in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_the_shipped_questions_are_what_the_shipped_templates_give(tmp_path):
