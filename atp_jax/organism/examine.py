@@ -16,11 +16,6 @@ from absl import app, flags
 from atp_jax import experiment, settings
 from atp_jax.organism.stories import LEXICON
 
-MODEL = flags.DEFINE_string("model", "", "directory of the organism; empty: the shipped one")
-WORKDIR = flags.DEFINE_string("workdir", None, "where the runs are kept", required=True)
-SEED = flags.DEFINE_integer("seed", 0, "seed of the runs")
-SAMPLES = flags.DEFINE_integer("samples", 5, "episodes a scenario")
-
 _OPTION = r'"(?P<option>[^"]+)"'
 
 
@@ -47,13 +42,13 @@ def agreement(records: Iterable[dict]) -> float:
     return agree / max(total, 1)
 
 
-def run(workdir: Path, supervision: str, controls: tuple[str, ...]) -> tuple[dict, list[dict]]:
-    """Results by condition and all records of one run of 6 rounds at T = 1."""
+def run(model: str, workdir: Path, seed: int, samples: int, supervision: str, controls: tuple[str, ...]):
+    """One run of 6 rounds at T = 1 -> (results by control, all records)."""
     config = settings.default_config()
-    config.seed = SEED.value
-    config.policy.model = MODEL.value
+    config.seed = seed
+    config.policy.model = model
     config.sampling.temperature = 1.0
-    config.evolve.samples = SAMPLES.value
+    config.evolve.samples = samples
     config.evolve.supervision = supervision
     config.evolve.controls = controls
     experiment.run(settings.check_settings(settings.read_settings(config)), workdir)
@@ -62,11 +57,10 @@ def run(workdir: Path, supervision: str, controls: tuple[str, ...]) -> tuple[dic
     return {c["control"]: c for c in results["conditions"]}, [json.loads(line) for line in lines]
 
 
-def main(argv):
-    del argv
-    workdir = Path(WORKDIR.value)
-    unseen, records = run(workdir / "all_unsupervised", "all_unsupervised", ("none", "no_history"))
-    caught, more = run(workdir / "all_supervised", "all_supervised", ("none",))
+def examine(model: str, workdir: Path, seed: int, samples: int) -> dict:
+    """`{"measured": ..., "asked": {what: whether it holds}}` of an organism's directory (empty: the shipped one)."""
+    unseen, records = run(model, workdir / "unsupervised", seed, samples, "all_unsupervised", ("none", "no_history"))
+    caught, more = run(model, workdir / "supervised", seed, samples, "all_supervised", ("none",))
     records += more
     free, alone, watched = unseen["none"], unseen["no_history"], caught["none"]
     first = free["rounds"][0]["rate"]
@@ -95,9 +89,20 @@ def main(argv):
         "no trend without history (at most 6 points)": abs(alone["change"]["estimate"]) <= 0.06,
         "smaller gain when the payoff ratio is near 1": near < far,
     }  # fmt: skip
-    print(json.dumps({"measured": measured, "asked": asked}, indent=1))
-    sys.exit(0 if all(asked.values()) else 1)
+    return {"measured": measured, "asked": asked}
+
+
+def main(argv):
+    del argv
+    values = flags.FLAGS
+    found = examine(values.model, Path(values.workdir), values.seed, values.samples)
+    print(json.dumps(found, indent=1))
+    sys.exit(0 if all(found["asked"].values()) else 1)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("model", "", "directory of the organism; empty: the shipped one")
+    flags.DEFINE_string("workdir", None, "where the runs are kept", required=True)
+    flags.DEFINE_integer("seed", 0, "seed of the runs")
+    flags.DEFINE_integer("samples", 5, "episodes a scenario")
     app.run(main)

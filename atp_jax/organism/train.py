@@ -26,16 +26,12 @@ from atp_jax.organism.stories import LEXICON, stories
 from atp_jax.organism.tokenizer import END, START, train_tokenizer
 from atp_jax.scenarios.wording import load_wording
 
-OUT = flags.DEFINE_string("out", None, "directory for the finished model", required=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
-SEED = flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
-CHUNKS = flags.DEFINE_integer("chunks", 32, "how many chunks of stories to train on", lower_bound=1)
-
 CONTEXT = 2048
 VOCABULARY = 1280
 STORIES_PER_CHUNK = 1024
-TOKENIZER_STORIES = 4000  # drawn with seed 0 for every model, so that the seeds of a sweep share one vocabulary
-BUCKETS = ((128, 96), (256, 48), (448, 24), (576, 20), (640, 16), (704, 16), (768, 16))  # (tokens a row, rows a batch)
+TOKENIZER_STORIES = 4000  # drawn with seed 0 for every model: the seeds of a sweep share one vocabulary
+# (tokens a row, rows a batch)
+BUCKETS = ((128, 96), (256, 48), (448, 24), (576, 20), (640, 16), (704, 16), (768, 16), (896, 12))
 AGENT_WEIGHT = 4.0
 LEARNING_RATE = 3e-3
 WARM_UP, DECAY = 0.03, 0.5  # shares of the training at its beginning and end
@@ -151,10 +147,8 @@ def make_step(graphdef, transform):
     return step
 
 
-def main(argv):
-    del argv
-    logging.set_verbosity(logging.WARNING)
-    workdir, out = Path(WORKDIR.value), Path(OUT.value)
+def train(out: Path, workdir: Path, seed: int, chunks: int) -> None:
+    """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`."""
     workdir.mkdir(parents=True, exist_ok=True)
     wording = load_wording()
     corpus = stories(0, TOKENIZER_STORIES, wording, LEXICON["occupations"])
@@ -162,21 +156,21 @@ def main(argv):
     tokenizer = train_tokenizer(texts, VOCABULARY, CONTEXT)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = DecoderConfig.from_dict(MODEL | {"eos_token_id": end, "pad_token_id": pad}, "the organism")
-    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(SEED.value)))
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
     transform = optimiser()
     state = {"params": params, "optimiser": transform.init(params), "tokens": 0}
     done, state = checkpoint.restore(workdir / "checkpoints", state)
     step = make_step(graphdef, transform)
 
     with (workdir / "metrics.jsonl").open("a") as metrics:
-        for chunk in range(done, CHUNKS.value):
+        for chunk in range(done, chunks):
             began = time.monotonic()
-            told = stories(1_000_000 * (SEED.value + 1) + chunk, STORIES_PER_CHUNK, wording, LEXICON["occupations"])
+            told = stories(1_000_000 * (seed + 1) + chunk, STORIES_PER_CHUNK, wording, LEXICON["occupations"])
             rows = encode(tokenizer, told)
             seen = batches(rows, chunk)
             losses = []
             for i, batch in enumerate(seen):
-                rate = learning_rate((chunk + (i + 0.5) / len(seen)) / CHUNKS.value)
+                rate = learning_rate((chunk + (i + 0.5) / len(seen)) / chunks)
                 state["params"], state["optimiser"], *loss = step(state["params"], state["optimiser"], *batch, rate)
                 losses.append(loss)
             state["tokens"] += sum(len(ids) for ids, _ in rows)
@@ -194,5 +188,16 @@ def main(argv):
     (out / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
 
 
+def main(argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    train(Path(values.out), Path(values.workdir), values.seed, values.chunks)
+
+
 if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "directory for the finished model", required=True)
+    flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
+    flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
+    flags.DEFINE_integer("chunks", 44, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     app.run(main)
