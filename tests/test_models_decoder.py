@@ -96,13 +96,13 @@ def test_writing_past_the_end_of_a_cache_harms_nothing(models):
     whole = small_models.hidden(graphdef, params, tokens[:, :24], np.full(3, 24))
     cache = init_cache(config, 3, 24)
     _, cache = small_models.extend(graphdef, params, tokens[:, :20], np.zeros(3, np.int32), cache)
-    before = jax.tree.map(lambda array: array[:, :20], cache)
+    before = jax.tree.map(lambda array: array[:, :, :20], cache)
     start = np.array([20, 20, 4], np.int32)  # positions 24 to 27 of the first two rows do not exist
     new = np.stack([tokens[0, 20:28], tokens[1, 20:28], tokens[2, 4:12]])
     out, cache = small_models.extend(graphdef, params, new, start, cache)
     chex.assert_trees_all_close(out[:2, :4], whole[:2, 20:], atol=1e-5, rtol=0)
     chex.assert_trees_all_close(out[2], whole[2, 4:12], atol=1e-5, rtol=0)
-    after = jax.tree.map(lambda array: array[:, :20], cache)
+    after = jax.tree.map(lambda array: array[:, :, :20], cache)
     chex.assert_trees_all_equal(jax.tree.map(lambda a: a[:2], after), jax.tree.map(lambda a: a[:2], before))
     chex.assert_trees_all_equal(small_models.extend(graphdef, params, new, np.full(3, 24), cache)[1], cache)
 
@@ -180,8 +180,10 @@ def test_attention_to_a_cache_equals_all_at_once():
     rng = np.random.default_rng(1)
     query, keys, values = (rng.normal(size=(2, t, n, 6)).astype(np.float32) for t, n in ((130, 4), (160, 2), (160, 2)))
     last = np.array([[0], [30]]) + np.arange(130)
-    got = decoders.attend_cached(query, keys, values, last)
-    chex.assert_trees_all_close(got, attend_at_once(query, keys, values, last), atol=1e-5, rtol=0)
+    for length in (130, 1):  # two blocks of queries; a single query, which is computed another way
+        q, at = query[:, :length], last[:, :length]
+        got = decoders.attend_cached(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), at)
+        chex.assert_trees_all_close(got, attend_at_once(q, keys, values, at), atol=1e-5, rtol=0)
 
 
 @given(st.integers(1, 50_000))
