@@ -56,7 +56,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
-    """The sharding of an array with these logical axes, e.g. ("batch", "length", "kv_heads", "head_dim")."""
+    """The sharding of an array with these logical axes, e.g. ("batch", "kv_heads", "length", "head_dim")."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in axes)))
 
 

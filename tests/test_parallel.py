@@ -83,7 +83,7 @@ for sizes in ((-1, 1, 1), (2, -1, 2)):
     logits = small_models.logits(graphdef, params, new, length)
     chex.assert_trees_all_close(small_models.real(logits[:3], lengths[:3]), expected, atol=1e-4, rtol=0)
 
-    where = parallel.named_sharding(mesh, "batch", "length", "kv_heads", "head_dim")
+    where = parallel.named_sharding(mesh, "batch", "kv_heads", "length", "head_dim")
     cache = jax.device_put(init_cache(config, 8, 48), where)
     first, cache = small_models.extend(graphdef, params, new[:, :8], jnp.zeros_like(length), cache)
     second, cache = small_models.extend(graphdef, params, new[:, 8:], jnp.full_like(length, 8), cache)
