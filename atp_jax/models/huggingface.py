@@ -79,7 +79,7 @@ def resolve(path_or_hub_id: str | os.PathLike) -> Path:
 def load_config(directory: str | os.PathLike) -> DecoderConfig:
     """The configuration of the model in a directory. UserError where it is missing, malformed or unsupported."""
     path = Path(directory) / "config.json"
-    return DecoderConfig.from_dict(_read_json(path), str(path))
+    return DecoderConfig.from_dict(read_json(path), str(path))
 
 
 def load_params(directory: str | os.PathLike, config: DecoderConfig, dtype, mesh):
@@ -188,7 +188,7 @@ def _weight_files(directory: Path) -> dict[str, str]:
                 "load and save the model with transformers, which writes safetensors"
             )
         raise UserError(f"{directory}: no weights, neither {SINGLE} nor {INDEX}")
-    files = _read_json(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{index}: has no weight_map")
     for file in files.values():
@@ -309,7 +309,8 @@ def _write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file of a model's directory. UserError where it is missing, malformed or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

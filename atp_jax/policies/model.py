@@ -1,0 +1,72 @@
+"""The policy that is a language model."""
+
+from collections.abc import Iterator, Sequence
+
+from atp_jax.chat import Chat
+from atp_jax.errors import UserError
+from atp_jax.generate.sampling import Sampling
+from atp_jax.model import Model
+from atp_jax.policies.types import Answer, Request
+
+
+class ModelPolicy:
+    """Answers requests by sampling from a model.
+
+    seed: of the run; with the address of a request (condition, episode, agent, round) it fixes the answer. thinking:
+    passed to the chat template, unless None. rows: at most so many requests are answered together (None: all).
+
+    While all requests fit one batch and the same episodes come round after round, what the model has read in one round
+    is kept for the next. Round 1 starts anew, so what is kept depends on the rounds of these episodes alone, and a run
+    that was interrupted goes on as if it had not been.
+    """
+
+    def __init__(
+        self, model: Model, sampling: Sampling, seed: int, thinking: bool | None = None, rows: int | None = None
+    ):
+        if rows is not None and rows < 1:
+            raise UserError(f"policy.rows must be at least 1, not {rows}")
+        self._chat = Chat(model.tokenizer, thinking)
+        self._context = model.config.max_position_embeddings
+        self._engine = model.engine()
+        self._sampling = sampling
+        self._seed = seed
+        self._rows = rows
+        self._members: list[tuple[int, int, int]] = []  # whose prompts the engine remembers
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer a request, in order. UserError names the request whose prompt fills the model's context."""
+        prompts = [self._encode(request) for request in requests]
+        answers = []
+        for batch in self._batches(requests):
+            self._turn_to(requests[batch])
+            streams = [(self._seed, r.condition, r.episode, r.agent, r.round) for r in requests[batch]]
+            for sampled in self._engine.generate(prompts[batch], self._sampling, streams):
+                text = self._chat.decode(sampled.tokens)
+                answers.append(Answer(text, sampled.tokens, sampled.finish, sum(sampled.logprobs)))
+        return answers
+
+    def recall(self, requests: Sequence[Request]) -> None:
+        """Reads what was asked, as `answer` would, without answering."""
+        if len(list(self._batches(requests))) == 1:
+            self._turn_to(requests)
+            self._engine.prefill([self._encode(request) for request in requests], self._sampling)
+
+    def _encode(self, request: Request) -> list[int]:
+        ids = self._chat.encode(request.messages)
+        if len(ids) >= self._context:
+            raise UserError(
+                f"episode {request.episode}, agent {request.agent}, round {request.round}: the prompt has {len(ids)} "
+                f"tokens, the model's context is {self._context}; a smaller evolve.window makes prompts shorter"
+            )
+        return ids
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[slice]:
+        step = self._rows or len(requests) or 1
+        return (slice(begin, begin + step) for begin in range(0, len(requests), step))
+
+    def _turn_to(self, requests: Sequence[Request]) -> None:
+        """Keeps what the engine remembers only if it is of these very episodes, and not of an earlier run of them."""
+        members = [(request.condition, request.episode, request.agent) for request in requests]
+        if members != self._members or any(request.round == 1 for request in requests):
+            self._engine.forget()
+        self._members = members
