@@ -177,14 +177,14 @@ def test_attention_in_blocks_equals_all_at_once(remat):
 
 
 def test_attention_to_a_cache_equals_all_at_once():
-    """Large scores here, too."""
+    """Large scores here, too, and the longest row sees the last position of the cache."""
     rng = np.random.default_rng(1)
     query, keys, values = (rng.normal(size=(2, t, n, 6)).astype(np.float32) for t, n in ((130, 4), (160, 2), (160, 2)))
     last = np.array([[0], [30]]) + np.arange(130)
     for length in (130, 1):  # two blocks of queries; a single query, which is computed another way
-        q, at = 20 * query[:, :length], last[:, :length]
+        q, at = 60 * query[:, :length], last[:, :length]
         got = decoders.attend_cached(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), at)
-        chex.assert_trees_all_close(got, attend_at_once(q, keys, values, at), atol=2e-5, rtol=0)
+        chex.assert_trees_all_close(got, attend_at_once(q, keys, values, at), atol=1e-4, rtol=0)
 
 
 @given(st.integers(1, 50_000))
