@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes the embedded organism anew: trains it from scratch on synthetic life stories, and examines it.
+set -euo pipefail
+
+if [ "${1:-}" = "--help" ]; then
+    cat <<'USAGE'
+usage: [ATP_EXTRA=cuda12] ./launch/train_organism.sh [SEED [OUT [CHUNKS]]]
+
+Makes .venv, installs atp_jax into it, trains one organism with SEED (default 0) on CHUNKS chunks of stories (default:
+what the shipped weights saw) into OUT (default runs/organism/SEED/model), and examines it through the pipeline on the
+shipped pack. Interrupted at any moment, the same command goes on from the last chunk. BUILD_NOTES.md says how long it
+takes. The shipped weights are seed 0; copy OUT over atp_jax/models/organism to ship others.
+USAGE
+    exit 0
+fi
+
+seed="${1:-0}"
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+out="${2:-runs/organism/$seed/model}"
+enter_venv ""
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}"
+.venv/bin/python -m atp_jax.organism.train --seed="$seed" --out="$out" --workdir="runs/organism/$seed/training" ${3:+--chunks="$3"}
+exec .venv/bin/python -m atp_jax.organism.examine --model="$out" --workdir="runs/organism/$seed/examination"
