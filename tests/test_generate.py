@@ -1,0 +1,319 @@
+"""The engine: what it answers does not depend on batch, bucket, cache or interruption, and nothing compiles twice."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import small_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atp_jax import parallel
+from atp_jax.errors import UserError
+from atp_jax.generate import engine as engines
+from atp_jax.generate import sampling as samplers
+from atp_jax.generate.engine import Engine, bucket, common_prefix
+from atp_jax.generate.sampling import Sampling
+
+HERE = Path(__file__).resolve().parent
+ONE = parallel.make_mesh(devices=jax.devices()[:1])
+CONTEXT = 400
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(config, graphdef, params) of the stored small Qwen3, with a longer context."""
+    config, graphdef, params = small_models.load(small_models.FIXTURES / "qwen3", mesh=ONE)
+    return dataclasses.replace(config, max_position_embeddings=CONTEXT), graphdef, params
+
+
+@pytest.fixture
+def new_engine(model):
+    config, _, params = model
+    return lambda stop=(): Engine(config, params, stop, ONE)
+
+
+def text(seed, *lengths):
+    """Prompts of these lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 64, length).tolist() for length in lengths]
+
+
+def streams(*rows, seed=5, round=1):
+    return [(seed, 0, row, 0, round) for row in rows]
+
+
+def assert_same(one, other):
+    """The same tokens, and log-probabilities up to the rounding of differently shaped sums."""
+    assert [a.tokens for a in one] == [b.tokens for b in other]
+    assert [a.finish for a in one] == [b.finish for b in other]
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+
+
+MIXED = [
+    Sampling(max_new_tokens=12),
+    Sampling(temperature=0.7, max_new_tokens=9),
+    Sampling(temperature=0.0, top_k=2, max_new_tokens=10),
+    Sampling(temperature=1.3, top_k=5, max_new_tokens=11),
+    Sampling(temperature=0.9, top_p=0.6, max_new_tokens=12),
+]
+
+
+def test_log_probs_are_those_of_the_whole_row_without_a_cache(model, new_engine):
+    """Prompt and answer in one piece through Decoder.hidden and the head; every row its own settings."""
+    _, graphdef, params = model
+    prompts = text(0, 3, 20, 1, 37, 16)
+    answers = new_engine().generate(prompts, MIXED, streams(*range(5)))
+    assert [len(answer.tokens) for answer in answers] == [s.max_new_tokens for s in MIXED]
+
+    rows = np.zeros((5, 64), np.int32)
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer.tokens)] = [*prompt, *answer.tokens]
+    lengths = np.array([len(p) + len(a.tokens) for p, a in zip(prompts, answers, strict=True)], np.int32)
+    logits = np.asarray(small_models.logits(graphdef, params, rows, lengths))
+    for b, (prompt, answer, asked) in enumerate(zip(prompts, answers, MIXED, strict=True)):
+        at = logits[b, len(prompt) - 1 : lengths[b] - 1]
+        if asked.temperature == 0:
+            assert answer.tokens == tuple(at.argmax(-1))
+        else:
+            n = len(at)
+            cut = np.full(n, asked.top_k), np.full(n, asked.top_p, np.float32)
+            at = np.asarray(samplers.truncate(at / np.float32(asked.temperature), *cut))
+        expected = np.take_along_axis(jax.nn.log_softmax(at), np.array(answer.tokens)[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_a_row_is_answered_alone_as_in_any_batch_and_bucket(new_engine):
+    """Alone; among others; with a neighbour so long that the cache and the pieces of prefill have other sizes."""
+    prompts = text(1, 30, 7, 19, 300, 2)
+    together = new_engine().generate(prompts, MIXED, streams(4, 3, 2, 1, 0))
+    small = new_engine().generate(prompts[:3], MIXED[:3], streams(4, 3, 2))
+    alone = [new_engine().generate([prompts[i]], MIXED[i], streams(4 - i))[0] for i in (0, 4)]
+    assert_same(together[:3], small)
+    assert_same([together[0], together[4]], alone)
+
+
+def test_the_order_of_rows_and_what_others_ask_do_not_matter(new_engine):
+    prompts = text(2, 12, 9, 25)
+    asked = [MIXED[0], MIXED[3], MIXED[4]]
+    answers = new_engine().generate(prompts, asked, streams(0, 1, 2))
+    assert_same(new_engine().generate(prompts[::-1], asked[::-1], streams(2, 1, 0)), answers[::-1])
+    # The same prompt under another episode, round or seed is answered differently.
+    others = [streams(9), streams(0, round=2), streams(0, seed=6)]
+    seen = {new_engine().generate(prompts[:1], asked[0], stream)[0].tokens for stream in others}
+    assert len(seen | {answers[0].tokens}) == 4
+
+
+@contextlib.contextmanager
+def prefilled(monkeypatch):
+    """Counts the prompt tokens that are read, by row."""
+    counts = []
+
+    def spy(params, state, tokens, count, **static):
+        counts.append(np.asarray(count))
+        return original(params, state, tokens, count, **static)
+
+    original = engines.prefill_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "prefill_chunk", spy)
+        yield counts
+
+
+def test_rounds_that_reuse_a_prefix_answer_like_fresh_ones(new_engine, monkeypatch):
+    """Appended, rewound, repeated, cut short, replaced: only what is new is read, and the answers are the same."""
+    engine = new_engine()
+    asked = Sampling(max_new_tokens=10)
+    prompts = text(3, 40, 25, 8)
+    answers = engine.generate(prompts, asked, streams(0, 1, 2))
+    one, two, three = (p + list(a.tokens) + text(4, 23)[0] for p, a in zip(prompts, answers, strict=True))
+    rounds = [
+        ([one, two, three], [10 + 23, 10 + 23, 10 + 23]),
+        ([one[:45] + text(6, 30)[0], two + text(7, 8)[0], three[:-4]], [30, 8, 1]),  # the first one rewound
+        ([one[:45], two, three], [1, 1, 4]),  # prefixes of what is held: one token is read again
+        (text(8, 20, 30, 9), [20, 30, 9]),
+    ]
+    for number, (prompts, new) in enumerate(rounds, 2):
+        with prefilled(monkeypatch) as counts:
+            answers = engine.generate(prompts, asked, streams(0, 1, 2, round=number))
+        spared = np.array(new) - np.sum(counts, axis=0)  # a token or so, where texts begin alike by chance
+        assert np.all(spared >= 0) and np.all(spared <= 1)
+        assert_same(answers, new_engine().generate(prompts, asked, streams(0, 1, 2, round=number)))
+
+
+def test_a_prompt_that_is_forgotten_is_read_again(new_engine, monkeypatch):
+    engine, prompts = new_engine(), text(9, 21, 30)
+    engine.prefill(prompts, Sampling())
+    engine.forget()
+    with prefilled(monkeypatch) as counts:
+        engine.prefill(prompts, Sampling())
+    np.testing.assert_array_equal(np.sum(counts, axis=0), [21, 30])
+
+
+def test_recalling_prompts_goes_on_bit_for_bit(new_engine, monkeypatch):
+    """An engine that answered three rounds and one that only read their prompts answer the fourth identically, though
+    the answers of the first one made its cache grow on the way."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    asked = Sampling(max_new_tokens=50)
+    lived, recalled = new_engine(), new_engine()
+    prompts = text(10, 20, 33, 41)
+    for number in (1, 2, 3):
+        answers = lived.generate(prompts, asked, streams(0, 1, 2, round=number))
+        recalled.prefill(prompts, asked)
+        prompts = [p + list(a.tokens[:20]) + text(number, 9)[0] for p, a in zip(prompts, answers, strict=True)]
+    one, other = (engine.generate(prompts, asked, streams(0, 1, 2, round=4)) for engine in (lived, recalled))
+    assert one == other
+    caches = [jax.device_get(engine._state.cache) for engine in (lived, recalled)]
+    for row, prompt in enumerate(prompts):
+        held = [[array[row, :, : len(prompt)] for array in jax.tree.leaves(cache)] for cache in caches]
+        chex.assert_trees_all_equal(*held)
+
+
+def test_long_answers_in_chunks_equal_one_chunk(new_engine, monkeypatch):
+    """The host looks several times and the cache grows in between; rows end in different chunks."""
+    prompts, asked = text(11, 20, 41, 8), [Sampling(max_new_tokens=n) for n in (60, 20, 1)]
+    at_once = new_engine().generate(prompts, asked, streams(0, 1, 2))
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    assert_same(new_engine().generate(prompts, asked, streams(0, 1, 2)), at_once)
+    assert [len(answer.tokens) for answer in at_once] == [60, 20, 1]
+
+
+def test_answers_end_at_the_first_stop_id_of_the_list(new_engine):
+    prompts, asked = text(12, 5, 18, 11), Sampling(max_new_tokens=30)
+    free = new_engine().generate(prompts, asked, streams(0, 1, 2))
+    assert {answer.finish for answer in free} == {"length"}
+    stop = {free[0].tokens[7], free[1].tokens[0], free[1].tokens[12]}
+    for answer, whole in zip(new_engine(stop).generate(prompts, asked, streams(0, 1, 2)), free, strict=True):
+        end = next((i for i, token in enumerate(whole.tokens) if token in stop), None)
+        assert answer.finish == ("length" if end is None else "stop")
+        assert answer.tokens == (whole.tokens if end is None else whole.tokens[: end + 1])
+        np.testing.assert_allclose(answer.logprobs, whole.logprobs[: len(answer.tokens)], atol=1e-5, rtol=0)
+    # On its last allowed token an answer still ends by the stop id.
+    last = Sampling(max_new_tokens=1)
+    assert new_engine({free[1].tokens[0]}).generate(prompts[1:2], last, streams(1))[0].finish == "stop"
+
+
+def test_answers_end_where_the_context_ends(new_engine):
+    prompts = text(13, CONTEXT - 5, CONTEXT - 1, 10)
+    answers = new_engine().generate(prompts, Sampling(max_new_tokens=20), streams(0, 1, 2))
+    assert [(len(answer.tokens), answer.finish) for answer in answers] == [(5, "length"), (1, "length"), (20, "length")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], [2] * CONTEXT], f"prompt 1 has {CONTEXT} tokens, the model's context only {CONTEXT}"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[3, 64]], "prompt 0 has the token id 64, the model only 0 to 63"),
+        ([[-1]], "prompt 0 has the token id -1"),
+        ([], "no prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_named(new_engine, prompts, message):
+    with pytest.raises(UserError, match=message):
+        new_engine().generate(prompts, Sampling(), streams(*range(len(prompts))))
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects every tracing and compilation, of whatever function."""
+    seen = []
+
+    def listen(event, _, **about):
+        if "/compile/" in event:
+            seen.append((event, about))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_new_text_and_settings_of_the_same_buckets_compile_nothing(new_engine):
+    """Also for another engine, other stop ids and a seed beyond 31 bits; a new bucket does compile."""
+
+    def live(engine, seed, settings, lengths):
+        prompts = text(seed, *lengths)
+        for number in (1, 2):
+            answers = engine.generate(prompts, settings, streams(*range(len(prompts)), seed=seed, round=number))
+            prompts = [p + list(a.tokens) + text(seed, 20)[0] for p, a in zip(prompts, answers, strict=True)]
+
+    first, second, third = new_engine([3]), new_engine([4, 9]), new_engine()
+    live(first, 1, Sampling(max_new_tokens=8), (20, 31, 25))
+    with compilations() as seen:
+        live(second, 2**32 - 1, MIXED[:3], (30, 18, 22))
+        live(third, 7, Sampling(temperature=0.4, top_p=0.5, top_k=3, max_new_tokens=12), (17, 17, 24))
+    assert not seen
+    with compilations() as seen:
+        live(third, 7, Sampling(), (200, 17, 24))
+    assert seen
+
+
+def test_the_cache_is_updated_in_place(new_engine):
+    """Prefill and decoding give the memory of the state before to the state after."""
+    engine = new_engine()
+    engine.prefill(text(14, 10, 20), Sampling(max_new_tokens=8))
+    before = engine._state
+    engine.generate(text(14, 10, 20), Sampling(max_new_tokens=8), streams(0, 1))
+    assert all(array.is_deleted() for array in jax.tree.leaves(before.cache))
+
+
+@given(st.integers(1, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 16, 64]), st.sampled_from([1, 2, 6]))
+def test_buckets_are_wide_enough_and_few(needed, steps, smallest, multiple):
+    size = bucket(needed, steps=steps, smallest=smallest, multiple=multiple)
+    assert size >= max(needed, smallest) and size % multiple == 0
+    assert size < max(needed, smallest) * (1 + 1 / steps) + multiple
+    assert bucket(size, steps=steps, smallest=smallest, multiple=multiple) == size or multiple > 1
+    octave = {bucket(n, steps=steps, smallest=1) for n in range(1025, 2049)}
+    assert len(octave) == steps
+
+
+@given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
+def test_common_prefix_is_common_and_the_longest(one, other):
+    n = common_prefix(one, other)
+    assert one[:n] == other[:n] and (n == min(len(one), len(other)) or one[n] != other[n])
+
+
+EIGHT = """
+import jax
+import small_models
+import test_generate as t
+from atp_jax import parallel
+from atp_jax.generate.engine import Engine
+
+assert jax.device_count() == 8
+answers = {}
+for name, sizes in {"one": None, "data": (8, 1, 1), "all": (2, 2, 2)}.items():
+    mesh = t.ONE if sizes is None else parallel.make_mesh(*sizes)
+    config, _, params = small_models.load(small_models.FIXTURES / "qwen3", mesh=mesh)
+    engine = Engine(config, params, [5], mesh)
+    prompts = t.text(20, *range(3, 14))  # 11 rows: the mesh pads them to a multiple of its rows
+    first = engine.generate(prompts, (t.MIXED * 3)[:11], t.streams(*range(11)))
+    prompts = [p + list(a.tokens) + [7, 8] for p, a in zip(prompts, first, strict=True)]
+    answers[name] = first + engine.generate(prompts, (t.MIXED * 3)[:11], t.streams(*range(11), round=2))
+    assert engine._state.cache.keys[0].sharding.is_equivalent_to(
+        parallel.named_sharding(mesh, "batch", "kv_heads", "length", "head_dim"), 4
+    )
+t.assert_same(answers["data"], answers["one"])
+t.assert_same(answers["all"], answers["one"])
+print("the same on 8 devices")
+"""
+
+
+def test_eight_devices_draw_the_same_tokens_as_one():
+    """Rows over 8 devices, and rows, weights and heads over 2 x 2 x 2; two rounds with the cache kept."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+    }
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "the same on 8 devices" in done.stdout, done.stderr
