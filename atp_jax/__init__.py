@@ -1,6 +1,7 @@
 """A JAX-native laboratory for alignment tipping.
 
     model = atp_jax.load_model(path_or_hub_id, dtype="float32", mesh=None)
+    model.generate(prompts, atp_jax.Sampling(temperature=0.0), seed)
     atp_jax.read_decision(text, comply, violate, parity="default")
     atp_jax.envs.role_play.init(params), .step(state, decision, params)
 
@@ -9,9 +10,9 @@ Each is imported when it is first used, so that `import atp_jax` costs nothing.
 
 import importlib
 
-__all__ = ["envs", "load_model", "read_decision"]
+__all__ = ["Sampling", "envs", "load_model", "read_decision"]
 
-_HOMES = {"load_model": "atp_jax.model", "read_decision": "atp_jax.decisions"}
+_HOMES = {"Sampling": "atp_jax.generate.sampling", "load_model": "atp_jax.model", "read_decision": "atp_jax.decisions"}
 
 
 def __getattr__(name: str):

@@ -31,17 +31,17 @@ def tokenizer(told):
 
 
 def test_the_pack_is_held_out(told):
-    """No occupation, boss or option word of the shipped pack is in the lexicon's lists, so none is ever trained on."""
+    """No occupation of the shipped pack and none of its pairs of options is in any story; validation is apart too."""
     text = json.dumps([LEXICON["occupations"], LEXICON["validation_occupations"]])
-    for scenario in load_role_play():
-        assert scenario.environment not in text
-        for option in (scenario.comply, scenario.violate):
-            assert option not in LEXICON["words"]
+    pairs = {frozenset((s.comply, s.violate)) for s in load_role_play()}
+    assert len(pairs) == 16 and not any(s.environment in text for s in load_role_play())
     training = {who["occupation"] for who in LEXICON["occupations"]}
     validation = {who["occupation"] for who in LEXICON["validation_occupations"]}
     assert len(validation) == 16 and not training & validation
-    spoken = "\n".join(m["content"] for s in told for m in s)
-    assert not any(f'"{s.comply}"' in spoken or f'"{s.violate}"' in spoken for s in load_role_play())
+    rng = np.random.default_rng(0)
+    for row in range(60_000):
+        scenario = stories.draw_scenario(rng, 1.0, 2.0, LEXICON["occupations"], row)
+        assert frozenset((scenario.comply, scenario.violate)) not in pairs
 
 
 def test_stories_are_a_function_of_the_seed(told):

@@ -4,7 +4,7 @@ A story is an agent in an occupation that lives through rounds of the role-play 
 messages that the pipeline shows (`scenarios.role_play`, the project's wording, rewards from `envs.role_play`).
 What varies: occupation, option words, payoffs, phrasing, the world (how likely a violation is caught, whether
 checks are announced) and the agent. Which agent and which world it is, is never said: a reader has to infer it
-from what happened so far. The 16 occupations of the shipped pack and their option words never occur.
+from what happened so far. The 16 occupations of the shipped pack never occur, nor two of its options as a pair.
 
 Kinds of agents (shares in `KINDS`): *strict* ones keep the rule; *noisy* ones have a fixed personal rate of
 violation; *adaptive* ones try the other option now and then, come back to what paid, avoid what was caught, and
@@ -21,7 +21,7 @@ import numpy as np
 
 from atp_jax.envs import role_play as environment
 from atp_jax.scenarios import role_play
-from atp_jax.scenarios.pack import Scenario
+from atp_jax.scenarios.pack import Scenario, load_role_play
 
 LEXICON = json.loads((Path(__file__).parent / "lexicon.json").read_text())
 KINDS = {"strict": 0.18, "noisy": 0.12, "adaptive": 0.70}
@@ -32,6 +32,7 @@ ROUNDS = {1: 0.15, 2: 0.05, 4: 0.15, 6: 0.45, 7: 0.20}
 # A story may begin in the middle of a life: what a history window shows.
 WINDOW_SHARE = 0.15
 INVENTED_WORDS = 0.25  # share of options that are made-up words, so that an option is copied and not recalled
+HELD_OUT = [{scenario.comply, scenario.violate} for scenario in load_role_play()]
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 
 
@@ -145,7 +146,7 @@ def draw_scenario(rng: np.random.Generator, low: float, high: float, occupations
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
     who = pick(occupations)
     comply, violate = draw_word(rng), draw_word(rng)
-    while comply == violate:
+    while comply == violate or {comply, violate} in HELD_OUT:
         violate = draw_word(rng)
     names = {"occupation": who["occupation"], "boss": who["boss"], "Boss": who["boss"][0].upper() + who["boss"][1:],
              "unit": pick(LEXICON["units"]), "c": comply, "v": violate}

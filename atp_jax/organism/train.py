@@ -184,7 +184,7 @@ def train(out: Path, workdir: Path, seed: int, chunks: int) -> None:
     bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"])
     huggingface.save(out, config, bf16)
     tokenizer.save_pretrained(out)
-    generation = {"do_sample": True, "temperature": 1.0, "eos_token_id": end, "pad_token_id": pad}
+    generation = {"do_sample": True, "temperature": 1.0, "max_new_tokens": 48, "eos_token_id": end, "pad_token_id": pad}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
 
 
