@@ -17,6 +17,7 @@ import optax
 from absl import app, flags, logging
 from flax import nnx
 from optax import contrib
+from transformers import PreTrainedTokenizerFast
 
 from atp_jax import checkpoint
 from atp_jax.models import huggingface
@@ -147,13 +148,21 @@ def make_step(graphdef, transform):
     return step
 
 
+def _tokenizer(directory: Path, wording: dict):
+    """The tokenizer kept in `directory`, learned first if there is none: a resumed training never changes its ids."""
+    if not directory.exists():
+        corpus = stories(0, TOKENIZER_STORIES, wording, LEXICON["occupations"])
+        texts = (part for told in corpus for message in told for part in (message["role"], message["content"]))
+        train_tokenizer(texts, VOCABULARY, CONTEXT).save_pretrained(directory.with_suffix(".partial"))
+        directory.with_suffix(".partial").rename(directory)
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
 def train(out: Path, workdir: Path, seed: int, chunks: int) -> None:
     """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`."""
     workdir.mkdir(parents=True, exist_ok=True)
     wording = load_wording()
-    corpus = stories(0, TOKENIZER_STORIES, wording, LEXICON["occupations"])
-    texts = (part for told in corpus for message in told for part in (message["role"], message["content"]))
-    tokenizer = train_tokenizer(texts, VOCABULARY, CONTEXT)
+    tokenizer = _tokenizer(workdir / "tokenizer", wording)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = DecoderConfig.from_dict(MODEL | {"eos_token_id": end, "pad_token_id": pad}, "the organism")
     graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))
