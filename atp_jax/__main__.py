@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
 
 from atp_jax import experiment, settings
 from atp_jax.errors import UserError
@@ -40,6 +41,17 @@ class _Optional(flags.ArgumentParser):
         return f"{self.parser.flag_type()} or None"
 
 
+class _Tuple(flags.ArgumentParser):
+    """A tuple, of which the last one given counts: the parser of ml_collections would join those of repeated flags."""
+
+    def parse(self, argument):
+        return tuple_parser.TupleParser().parse(argument)
+
+    def flag_type(self) -> str:
+        return "tuple"
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuple())
 # The types that settings.to_config gives its optional fields.
 config_flags.register_flag_parser_for_type(int | None, _Optional(flags.IntegerParser()))
 config_flags.register_flag_parser_for_type(int | float | None, _Optional(flags.FloatParser()))

@@ -66,6 +66,8 @@ def test_what_may_be_null_can_be_made_null(tmp_path, nothing):
 def test_a_single_item_needs_no_comma_and_the_last_word_wins(tmp_path):
     assert parse(tmp_path, "--config.data.items=3").data.items == (3,)
     assert parse(tmp_path, "--config.seed=3", "--config.seed=4").seed == 4
+    assert parse(tmp_path, "--config.data.items=(3, 5)", "--config.data.items=7").data.items == (7,)
+    assert parse(tmp_path, "--config.evolve.controls=no_history").evolve.controls == ("no_history",)
     assert cli.parse(["--config=configs/quickstart.py", "--workdir=a", "--workdir=b"])[1] == Path("b")
 
 
