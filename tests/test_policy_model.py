@@ -1,4 +1,4 @@
-"""The model as a policy: addressed randomness, sampled ids kept, rounds recalled, batches, prompts that are too long."""
+"""The model as a policy: addressed randomness, sampled ids kept, rounds recalled, batches, too long prompts."""
 
 import dataclasses
 
