@@ -299,6 +299,7 @@ def _replacing(path: Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        os.chmod(temporary, 0o644)  # safetensors writes files that nobody else can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -208,5 +208,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "directory for the finished model", required=True)
     flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
-    flags.DEFINE_integer("chunks", 44, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
+    flags.DEFINE_integer("chunks", 30, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     app.run(main)
