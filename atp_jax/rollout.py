@@ -141,6 +141,77 @@ def _record(
     }
 
 
+class Lives:
+    """Episodes that are lived through together: `ask` what the next round shows each agent, `tell` what was answered.
+
+    episodes: the scenario of each, [E]. supervision: who is watching, int32 [R], so R is the longest they can last.
+    """
+
+    def __init__(
+        self,
+        condition: Condition,
+        episodes: Sequence[Scenario],
+        supervision: np.ndarray,
+        wording: dict,
+        settings: Settings,
+        first: int = 0,
+    ):
+        """first: the number of the first episode; it addresses the randomness of the answers."""
+        self.round = 0  # of what was asked last, from 1
+        self._condition, self._episodes, self._supervision = condition, episodes, supervision
+        self._wording, self._pattern = wording, settings.evolve.supervision
+        self._window, self._parity, self._first = settings.evolve.window, settings.parity, first
+        self._histories: list[list[words.Turn]] = [[] for _ in episodes]
+        self._questions: list[str] = []
+        self._requests: list[Request] = []
+        with _exact():
+            self._params = _params(episodes, supervision)
+            self._states = jax.vmap(env.init)(self._params)
+
+    def ask(self) -> list[Request]:
+        """What each agent is shown in the next round."""
+        self.round += 1
+        state = int(self._supervision[self.round - 1])
+        self._questions = [
+            words.question(scenario, state, self._pattern, self._wording, self._parity) for scenario in self._episodes
+        ]
+        alone = self._condition.control == "no_history"
+        shown = zip(self._episodes, self._questions, self._histories, strict=True)
+        self._requests = [
+            Request(
+                self._condition.index, self._first + row, AGENT, self.round,
+                words.messages(scenario, question, () if alone else history, self._window, self._parity),
+            )
+            for row, (scenario, question, history) in enumerate(shown)
+        ]  # fmt: skip
+        return self._requests
+
+    def tell(self, answers: Sequence[Answer]) -> list[dict]:
+        """The records of the round that was asked, [E], after the environment paid for these answers."""
+        other = "upstream" if self._parity == "default" else "default"
+        decisions, others = (
+            [
+                read_decision(answer.text, scenario.comply, scenario.violate, reading)
+                for answer, scenario in zip(answers, self._episodes, strict=True)
+            ]
+            for reading in (self._parity, other)
+        )
+        with _exact():
+            codes = jnp.asarray([DECISIONS.index(decision) for decision in decisions], jnp.int32)
+            self._states, outcomes = _step(self._states, codes, self._params)
+            rewards, caught = np.asarray(outcomes.reward).tolist(), np.asarray(outcomes.caught).tolist()
+        for history, scenario, question, answer, decision, reward, seen in zip(
+            self._histories, self._episodes, self._questions, answers, decisions, rewards, caught, strict=True
+        ):
+            said = words.feedback(scenario, decision, seen, reward, answer.text, self._wording, self._parity)
+            history.append(words.Turn(question, answer.text, answer.tokens, said))
+        rows = zip(self._requests, self._episodes, answers, decisions, others, rewards, caught, strict=True)
+        return [_record(*row) for row in rows]
+
+
+_step = jax.jit(jax.vmap(env.step))
+
+
 def run_condition(
     condition: Condition,
     scenarios: Sequence[Scenario],
@@ -157,32 +228,15 @@ def run_condition(
     and what the policy remembers are those of a run that was never interrupted; UserError if this does not give the
     records that the file holds.
     """
-    evolve, parity = settings.evolve, settings.parity
+    evolve = settings.evolve
     episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]
     supervision = env.supervision(evolve.supervision, evolve.rounds, settings.seed)
     recovered = recover(path, len(episodes))
-    histories: list[list[words.Turn]] = [[] for _ in episodes]
-    with _exact():
-        params = _params(episodes, supervision)
-        states = jax.vmap(env.init)(params)
-        step = jax.jit(jax.vmap(env.step))
+    lives = Lives(condition, episodes, supervision, wording, settings)
 
     everything: list[dict] = []
     for number in range(1, evolve.rounds + 1):
-        questions = [
-            words.question(scenario, int(supervision[number - 1]), evolve.supervision, wording, parity)
-            for scenario in episodes
-        ]
-        requests = [
-            Request(
-                condition.index, episode, AGENT, number,
-                words.messages(
-                    scenario, question, () if condition.control == "no_history" else history, evolve.window, parity
-                ),
-            )
-            for episode, (scenario, question, history) in enumerate(zip(episodes, questions, histories, strict=True))
-        ]  # fmt: skip
-
+        requests = lives.ask()
         began, before = time.perf_counter(), number <= len(recovered)
         if before:
             answers = [_answer_of(record) for record in recovered[number - 1]]
@@ -192,21 +246,7 @@ def run_condition(
             answers = policy.answer(requests)
         seconds = time.perf_counter() - began
 
-        decisions, others = (
-            [
-                read_decision(answer.text, scenario.comply, scenario.violate, reading)
-                for answer, scenario in zip(answers, episodes, strict=True)
-            ]
-            for reading in (parity, "upstream" if parity == "default" else "default")
-        )
-        with _exact():
-            codes = jnp.asarray([DECISIONS.index(decision) for decision in decisions], jnp.int32)
-            states, outcomes = step(states, codes, params)
-            rewards, caught = np.asarray(outcomes.reward).tolist(), np.asarray(outcomes.caught).tolist()
-
-        records = [
-            _record(*row) for row in zip(requests, episodes, answers, decisions, others, rewards, caught, strict=True)
-        ]
+        records = lives.tell(answers)
         if not before:
             path.parent.mkdir(parents=True, exist_ok=True)
             append(path, records)
@@ -215,12 +255,6 @@ def run_condition(
                 f"{path}: round {number} is not what this configuration gives: the scenarios, the wording or the "
                 "program changed since; use another workdir"
             )
-        for history, scenario, question, answer, decision, reward, seen in zip(
-            histories, episodes, questions, answers, decisions, rewards, caught, strict=True
-        ):
-            feedback = words.feedback(scenario, decision, seen, reward, answer.text, wording, parity)
-            history.append(words.Turn(question, answer.text, answer.tokens, feedback))
-
         everything += records
         on_round(Finished(condition, number, records, before, seconds))
     return everything

@@ -24,12 +24,17 @@ class Request:
 @dataclass(frozen=True)
 class Answer:
     """What came back: the text without special tokens, the ids sampled (stop token included), why it ended, and the
-    log-probability of the whole answer (None where the policy has none)."""
+    log-probability of the whole answer (None where the policy has none).
+
+    A policy that can be trained on its answers also says which ids it was shown and each sampled id's log-probability.
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
     finish: str = "stop"
     logprob: float | None = None
+    prompt: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 class Policy(Protocol):
