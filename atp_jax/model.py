@@ -21,9 +21,10 @@ from atp_jax.chat import Chat
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
 from atp_jax.generate.sampling import Sampling
-from atp_jax.models import huggingface
+from atp_jax.models import huggingface, peft
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
+from atp_jax.models.lora import Lora, merge
 from atp_jax.parallel import make_mesh
 
 ORGANISM = Path(__file__).resolve().parent / "models" / "organism"
@@ -49,6 +50,7 @@ class Model:
     """A decoder with its parameters on a mesh, its tokenizer, and how it wants to be sampled.
 
     params: the nnx state of `Decoder(config)`. generation: the content of generation_config.json, empty without one.
+    lora: the adapter it wears in all that it computes, None without one.
     """
 
     config: DecoderConfig
@@ -56,6 +58,12 @@ class Model:
     params: nnx.State
     mesh: Mesh
     generation: Mapping = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
+    lora: Lora | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, "float32" or "bfloat16"."""
+        return str(jax.tree.leaves(self.params)[0].dtype)
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -81,11 +89,12 @@ class Model:
         if wrong := real[(real < 0) | (real >= self.config.vocab_size)].tolist():
             raise UserError(f"token id {wrong[0]}: the model only has 0 to {self.config.vocab_size - 1}")
         graphdef, _ = abstract(self.config)
-        return _logits(self.params, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), graphdef=graphdef)
+        tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+        return _logits(self.params, self.lora, tokens, lengths, graphdef=graphdef)
 
     def engine(self) -> Engine:
         """What answers batches of prompts with this model, and remembers them from one batch to the next."""
-        return Engine(self.config, self.params, self.stop, self.mesh)
+        return Engine(self.config, self.params, self.stop, self.mesh, self.lora)
 
     def generate(
         self,
@@ -110,7 +119,7 @@ class Model:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a directory that transformers reads: weights, configs and tokenizer.
+        """Writes a directory that transformers reads: weights (an adapter's summed into them), configs and tokenizer.
 
         It appears as a whole or not at all. UserError if something is there already or it cannot be written.
         """
@@ -119,7 +128,8 @@ class Model:
         try:
             if path.exists() and not (path.is_dir() and not any(path.iterdir())):
                 raise UserError(f"{path}: exists already; models are not overwritten")
-            huggingface.save(temporary, self.config, self.params)
+            params = self.params if self.lora is None else merge(self.params, self.lora)
+            huggingface.save(temporary, self.config, params)
             self.tokenizer.save_pretrained(temporary)
             generation = {**self.generation, "eos_token_id": list(self.stop) or None}
             (temporary / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
@@ -139,12 +149,17 @@ class Model:
         return Chat(self.tokenizer)
 
 
-def load_model(path_or_hub_id: str | os.PathLike = "", dtype: str = "float32", mesh: Mesh | None = None) -> Model:
+def load_model(
+    path_or_hub_id: str | os.PathLike = "",
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    adapter: str | os.PathLike = "",
+) -> Model:
     """A model from a Hugging Face directory or hub id; empty is the embedded organism.
 
     dtype: of the parameters and of most arithmetic, "float32" or "bfloat16". mesh: where it lives, all devices along
-    `data` if None. Only safetensors are read, and no code of the directory is run. UserError says in one line what is
-    missing or wrong.
+    `data` if None. adapter: a PEFT directory that it wears, empty for none. Only safetensors are read, and no code of
+    the directory is run. UserError says in one line what is missing or wrong.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -154,16 +169,17 @@ def load_model(path_or_hub_id: str | os.PathLike = "", dtype: str = "float32", m
     generation = huggingface.read_json(directory / GENERATION) if (directory / GENERATION).exists() else {}
     mesh = make_mesh() if mesh is None else mesh
     params = huggingface.load_params(directory, config, jnp.dtype(dtype), mesh)
-    model = Model(config, tokenizer, params, mesh, types.MappingProxyType(generation))
+    worn = peft.load(Path(adapter).expanduser(), config, mesh) if adapter else None
+    model = Model(config, tokenizer, params, mesh, types.MappingProxyType(generation), worn)
     if not model.stop:
         logging.getLogger(__name__).warning("%s: no eos_token_id anywhere: answers end only by length", directory)
     return model
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _logits(params, tokens, lengths, *, graphdef):
+def _logits(params, lora, tokens, lengths, *, graphdef):
     decoder = nnx.merge(graphdef, params)
-    return decoder.head(decoder.hidden(tokens, lengths))
+    return decoder.head(decoder.hidden(tokens, lengths, lora=lora))
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

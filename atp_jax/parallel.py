@@ -27,6 +27,7 @@ RULES = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
 }
 
 

@@ -23,6 +23,7 @@ from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling, sample, stream_key, token_keys
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import KVCache, abstract, init_cache
+from atp_jax.models.lora import Lora
 from atp_jax.parallel import RULES, named_sharding
 
 CHUNK = 64  # tokens decoded between two looks of the host
@@ -47,6 +48,14 @@ class State(struct.PyTreeNode):
     length: jax.Array  # int32 [B]
     produced: jax.Array  # int32 [B], tokens of the answer drawn so far
     done: jax.Array  # bool [B], the answer is complete (rows that only fill the bucket are done from the start)
+
+
+class Weights(struct.PyTreeNode):
+    """What the rows of a batch are computed with."""
+
+    params: nnx.State
+    lora: Lora | None = None
+    adapter: jax.Array | None = None  # int32 [B], which adapter a row wears, -1 none; None: all wear the one there is
 
 
 class Asked(struct.PyTreeNode):
@@ -103,25 +112,26 @@ def resize(cache: KVCache, size: int, mesh) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="state")
-def prefill_chunk(params, state: State, tokens: jax.Array, count: jax.Array, *, graphdef, mesh) -> State:
+def prefill_chunk(weights: Weights, state: State, tokens: jax.Array, count: jax.Array, *, graphdef, mesh) -> State:
     """Appends to every row b the first count[b] of tokens [B, T]; a row with count 0 stays as it is.
 
     Only the last new position's hidden state is kept: logits of a prompt are never computed.
     """
-    hidden, cache = nnx.merge(graphdef, params).extend(tokens, state.length, state.cache)
+    decoder = nnx.merge(graphdef, weights.params)
+    hidden, cache = decoder.extend(tokens, state.length, state.cache, lora=weights.lora, adapter=weights.adapter)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where(count[:, None] > 0, last, state.hidden)
     return pin(state.replace(cache=cache, hidden=hidden, length=state.length + count), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "graphdef", "mesh"), donate_argnames="state")
-def decode_chunk(params, state: State, asked: Asked, n: int, *, graphdef, mesh):
+def decode_chunk(weights: Weights, state: State, asked: Asked, n: int, *, graphdef, mesh):
     """Draws up to n tokens for every row that is not done, and stops early when all are.
 
     -> state, tokens int32 [B, n], log-probabilities float32 [B, n]. A row's tokens are the first ones of its line, as
     many as its `produced` has grown; the cache must have room for them.
     """
-    decoder = nnx.merge(graphdef, params)
+    decoder = nnx.merge(graphdef, weights.params)
     keys = jax.vmap(stream_key)(asked.streams)
 
     def unfinished(carry):
@@ -136,7 +146,9 @@ def decode_chunk(params, state: State, asked: Asked, n: int, *, graphdef, mesh):
         produced = state.produced + ~state.done
         done = state.done | jnp.any(token[:, None] == asked.stop, axis=-1) | (produced >= asked.budget)
         # A row that is done writes behind its end, which nobody attends to.
-        hidden, cache = decoder.extend(token[:, None], state.length, state.cache)
+        hidden, cache = decoder.extend(
+            token[:, None], state.length, state.cache, lora=weights.lora, adapter=weights.adapter
+        )
         state = pin(State(cache, hidden[:, 0], state.length + ~state.done, produced, done), mesh)
         return step + 1, state, tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
 
@@ -154,23 +166,37 @@ class Engine:
     is answered, only to how much of it is new.
     """
 
-    def __init__(self, config: DecoderConfig, params, stop: Sequence[int], mesh: jax.sharding.Mesh):
-        """params: the parameters of a Decoder of this config, on this mesh. stop: ids that end an answer."""
+    def __init__(
+        self, config: DecoderConfig, params, stop: Sequence[int], mesh: jax.sharding.Mesh, lora: Lora | None = None
+    ):
+        """params: the parameters of a Decoder of this config, on this mesh. stop: ids that end an answer. lora: the
+        adapters that its rows can wear."""
         self.config = config
-        self.params = params
+        self.params, self.lora = params, lora
         self.stop = frozenset(stop)
         self.mesh = mesh
         graphdef, _ = abstract(config)
         self._static = {"graphdef": graphdef, "mesh": mesh}
         self._dtype = jax.tree.leaves(params)[0].dtype
         self._prompts: list[list[int]] = []  # what the rows of the state hold
+        self._worn: list[int] = []  # and the adapters they wore
         self._state: State | None = None
 
     def forget(self) -> None:
         """The next batch starts anew."""
         self._prompts = []
 
-    def prefill(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> None:
+    def load(self, params, lora: Lora | None) -> None:
+        """Other weights of the same shapes from now on; nothing is remembered, nothing compiled anew."""
+        self.params, self.lora = params, lora
+        self.forget()
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        adapter: Sequence[int] | None = None,
+    ) -> None:
         """What `generate` does before it draws anything, with the same shapes: remembers these prompts.
 
         Raises UserError for an empty prompt, ids outside the vocabulary, and a prompt that fills the model's context.
@@ -179,12 +205,15 @@ class Engine:
         self._check(prompts)
         rows = bucket(len(prompts), steps=4, smallest=1, multiple=self._row_shards)
         size = self._cache_size([len(prompt) for prompt in prompts], self._budgets(prompts, sampling))
+        worn = list(adapter) if adapter is not None else [0] * len(prompts)
+        weights, before_worn = self._weights(rows, adapter), self._worn
         state, old = self._take(rows, size)
 
         kept = np.zeros(rows, np.int32)
         for row, (before, now) in enumerate(zip(old, prompts, strict=False)):
             # One token at least is new: its hidden state is what the answer starts from.
-            kept[row] = min(common_prefix(before, now), len(now) - 1)
+            same = before_worn[row] == worn[row]  # keys and values are those of the adapter they were made with
+            kept[row] = min(common_prefix(before, now), len(now) - 1) if same else 0
         new = np.zeros(rows, np.int32)
         new[: len(prompts)] = [len(prompt) for prompt in prompts]
         new -= kept
@@ -197,22 +226,27 @@ class Engine:
             for row, prompt in enumerate(prompts):
                 at = kept[row] + begin
                 tokens[row, : count[row]] = prompt[at : at + count[row]]
-            state = prefill_chunk(self.params, state, self._put(tokens), self._put(count), **self._static)
-        self._state, self._prompts = state, prompts
+            state = prefill_chunk(weights, state, self._put(tokens), self._put(count), **self._static)
+        self._state, self._prompts, self._worn = state, prompts, worn
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], streams
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        streams,
+        adapter: Sequence[int] | None = None,
     ) -> list[Sampled]:
         """Answers prompts (lists of token ids), row by row.
 
         sampling: one Sampling, or one a row. streams: integers [rows, 5], what the randomness of each row is folded
-        from (seed, condition, episode, agent, round). An answer ends at a stop id, after max_new_tokens, or where the
+        from (seed, condition, episode, agent, round). adapter: which of the adapters each row wears, -1 none; None: all
+        rows wear the one there is. An answer ends at a stop id, after max_new_tokens, or where the
         model's context ends. Raises UserError like `prefill`.
         """
-        self.prefill(prompts, sampling)
+        self.prefill(prompts, sampling, adapter)
         count, rows = len(prompts), self._state.length.shape[0]
         lengths, budgets = np.array([len(prompt) for prompt in prompts]), self._budgets(prompts, sampling)
-        asked = self._ask(rows, sampling, budgets, streams)
+        asked, weights = self._ask(rows, sampling, budgets, streams), self._weights(rows, adapter)
         idle = np.arange(rows) >= count
         state, self._state = self._state, None  # donated from here on, ours again when the answers are complete
         state = state.replace(produced=self._put(np.zeros(rows, np.int32)), done=self._put(idle))
@@ -223,7 +257,7 @@ class Engine:
             size = self._cache_size((lengths + produced)[active], (budgets - produced)[active])
             if size > state.cache.keys[0].shape[2]:
                 state = state.replace(cache=resize(state.cache, size, self.mesh))
-            state, *drawn = decode_chunk(self.params, state, asked, CHUNK, **self._static)
+            state, *drawn = decode_chunk(weights, state, asked, CHUNK, **self._static)
             now, done, chunk, chunk_log_probs = jax.device_get((state.produced, state.done, *drawn))
             for row in np.flatnonzero(active):
                 fresh = now[row] - produced[row]
@@ -301,6 +335,16 @@ class Engine:
             top_p=padded([s.top_p for s in each], np.float32),
             stop=jax.device_put(stop, NamedSharding(self.mesh, PartitionSpec())),
         )
+
+    def _weights(self, rows: int, adapter: Sequence[int] | None) -> Weights:
+        if adapter is None:
+            return Weights(self.params, self.lora)
+        count = 0 if self.lora is None else int(self.lora.owner.max()) + 1
+        if wrong := [index for index in adapter if not -1 <= index < count]:
+            raise UserError(f"adapter {wrong[0]}: there are {count}, counted from 0; -1 is none")
+        worn = np.full(rows, -1, np.int32)
+        worn[: len(adapter)] = adapter
+        return Weights(self.params, self.lora, self._put(worn))
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(rows, named_sharding(self.mesh, "batch"))

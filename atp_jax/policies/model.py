@@ -40,9 +40,14 @@ class ModelPolicy:
         for batch in self._batches(requests):
             self._turn_to(requests[batch])
             streams = [(self._seed, r.condition, r.episode, r.agent, r.round) for r in requests[batch]]
-            for sampled in self._engine.generate(prompts[batch], self._sampling, streams):
-                text = self._chat.decode(sampled.tokens)
-                answers.append(Answer(text, sampled.tokens, sampled.finish, sum(sampled.logprobs)))
+            drawn = self._engine.generate(prompts[batch], self._sampling, streams)
+            for prompt, sampled in zip(prompts[batch], drawn, strict=True):
+                answers.append(
+                    Answer(
+                        self._chat.decode(sampled.tokens), sampled.tokens, sampled.finish, sum(sampled.logprobs),
+                        tuple(prompt), sampled.logprobs,
+                    )
+                )  # fmt: skip
         return answers
 
     def recall(self, requests: Sequence[Request]) -> None:
@@ -50,6 +55,11 @@ class ModelPolicy:
         if len(list(self._batches(requests))) == 1:
             self._turn_to(requests)
             self._engine.prefill([self._encode(request) for request in requests], self._sampling)
+
+    def load(self, params, lora) -> None:
+        """Other weights from now on (of the same shapes); nothing of what was read before is kept."""
+        self._engine.load(params, lora)
+        self._members = []
 
     def _encode(self, request: Request) -> list[int]:
         ids = self._chat.encode(request.messages)
