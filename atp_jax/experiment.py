@@ -1,7 +1,10 @@
 """The stages of a run in order, and what each leaves in the workdir.
 
-evolve    `config.json` before anything else, `evolve/<condition>/episodes.jsonl` round by round, `metrics.jsonl`, and
-          at the end `results.json`
+          `config.json` before anything else, `metrics.jsonl` step by step and round by round
+pairs     `pairs.jsonl`
+dpo       `models/dpo`, and `checkpoints/dpo` on the way (alignment.py)
+grpo      `models/grpo`, and `checkpoints/grpo` on the way
+evolve    `evolve/<condition>/episodes.jsonl` round by round, and at the end `results.json`
 report    `report/` from these, and the table on the terminal
 
 `episodes.jsonl` and `results.json` depend on the configuration alone: a run that was killed and started again leaves
@@ -22,78 +25,57 @@ import jax
 
 from atp_jax import analysis
 from atp_jax.errors import UserError
-from atp_jax.generate.sampling import Sampling
+from atp_jax.files import append, mend, read_json, write_json
+from atp_jax.lab import Lab, aligned, open_lab
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
-from atp_jax.progress import Progress
-from atp_jax.rollout import Condition, Finished, append, run_condition
-from atp_jax.scenarios.pack import Scenario, load_role_play, warnings
+from atp_jax.progress import Progress, describe_training
+from atp_jax.rollout import Condition, Finished, run_condition
+from atp_jax.scenarios.pack import load_role_play, warnings
 from atp_jax.scenarios.role_play import check
-from atp_jax.scenarios.wording import load_wording
-from atp_jax.settings import SamplingSettings, Settings, flatten
+from atp_jax.settings import CONTROLS, Settings, flatten
 
+# What shows that a directory was used as a workdir.
+LEAVINGS = ("pairs.jsonl", "checkpoints", "models", "evolve", "metrics.jsonl", "results.json")
 PACKAGES = ("atp_jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
+MODELS = ("base", "dpo", "grpo")
+
+
+def models(settings: Settings) -> tuple[str, ...]:
+    """The models that live through the conditions, in the order base, dpo, grpo."""
+    if settings.policy.kind != "model":
+        return (settings.policy.kind,)
+    chosen = settings.evolve.models or ("base", *settings.align.method.replace("none", "").split("+"))
+    return tuple(model for model in MODELS if model in chosen)
+
+
 def conditions(settings: Settings) -> list[Condition]:
-    """One a control, in the order of the setting: `base`, `base-no_history`, ..."""
-    model = "base" if settings.policy.kind == "model" else settings.policy.kind
+    """One a model and control, in the order of the settings: `base`, `base-no_history`, `dpo`, ...
+
+    A condition's index addresses its randomness: it does not change when other models join the experiment.
+    """
     return [
-        Condition(index, model if control == "none" else f"{model}-{control}", model, control)
-        for index, control in enumerate(settings.evolve.controls)
-    ]
+        Condition(
+            100 * MODELS.index(model) + CONTROLS.index(control) if model in MODELS else CONTROLS.index(control),
+            model if control == "none" else f"{model}-{control}", model, control,
+        )
+        for model in models(settings)
+        for control in settings.evolve.controls
+    ]  # fmt: skip
 
 
-def sampling_in_force(settings: SamplingSettings, generation: dict) -> Sampling:
-    """What the settings leave open (null) is taken from the model's `generation_config.json`, else from no truncation
-    at temperature 1; a model that says `do_sample: false` is greedy. `max_new_tokens` is 256 if neither gives it."""
-    own = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 256}
-    own |= {name: generation[name] for name in own if generation.get(name) is not None}
-    if generation.get("do_sample") is False:
-        own["temperature"] = 0.0
-    given = {name: value for name in own if (value := getattr(settings, name)) is not None}
-    return Sampling(**(own | given))
-
-
-def make_policy(settings: Settings, scenarios: tuple[Scenario, ...]) -> tuple[Policy, Sampling | None]:
-    """The policy, and the sampling in force where there is any."""
-    if settings.policy.kind == "scripted":
+def make_policy(settings: Settings, lab: Lab, name: str, workdir: Path, episodes: int) -> Policy:
+    """What answers in the conditions of one model: `scripted`, `base`, or one that an earlier stage made."""
+    if lab.model is None:
         policy = ScriptedPolicy(settings.policy.script)
-        policy.require(len(scenarios) * settings.evolve.samples, settings.evolve.rounds)
-        return policy, None
-    from atp_jax import parallel  # here, so that a scripted run starts without what a model needs
-    from atp_jax.model import load_model
+        policy.require(episodes, settings.evolve.rounds)
+        return policy
     from atp_jax.policies.model import ModelPolicy
 
-    mesh = parallel.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    model = load_model(settings.policy.model, dtype=settings.policy.dtype, mesh=mesh)
-    sampling = sampling_in_force(settings.sampling, model.generation)
-    print("sampling:", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(sampling).items()))
-    policy = ModelPolicy(model, sampling, settings.seed, settings.sampling.thinking, rows=settings.policy.rows)
-    return policy, sampling
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `path` as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="ascii") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: Path) -> dict | None:
-    """The object in `path`, or None where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not what this program wrote: {error}; use another workdir") from error
+    model = lab.model if name == "base" else aligned(lab.model, workdir / "models" / name)
+    return ModelPolicy(model, lab.sampling, settings.seed, settings.sampling.thinking, rows=settings.policy.rows)
 
 
 def _machine() -> dict:
@@ -139,7 +121,8 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         if fresh and not (workdir / "metrics.jsonl").exists():
-            shutil.rmtree(workdir / "evolve", ignore_errors=True)
+            for name in ("evolve", "checkpoints"):
+                shutil.rmtree(workdir / name, ignore_errors=True)
             config.unlink(missing_ok=True)
             for path in new:
                 if path.is_dir():
@@ -177,42 +160,20 @@ def _metrics(finished: Finished) -> dict:
     }
 
 
-def _mend(path: Path) -> None:
-    """Cut a torn last line off a file of lines, so that the next can be appended."""
-    if path.exists():
-        data = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-
-
-def evolve(settings: Settings, workdir: Path) -> None:
+def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     """Live through every condition, then write `results.json`. Goes on from the last finished round."""
     scenarios = load_role_play(settings.data.path, settings.data.items, settings.data.limit)
-    wording = load_wording(settings.wording)
-    for note in (*warnings(scenarios), *check(scenarios, settings.evolve.supervision, wording, settings.parity)):
-        print("note:", note)
-    policy, sampling = make_policy(settings, scenarios)
-    in_force = {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()} if sampling else {}
-    document = {"config": _configuration(settings), "in_force": in_force, **_machine()}
-
-    recorded = read_json(workdir / "config.json")
-    if recorded is not None:
-        _refuse_difference(workdir, recorded["in_force"], in_force, "other values in force")
-        for name, value in _machine().items():
-            if recorded[name] != value:
-                print(f"note: the run was begun with {name} {recorded[name]}, now {value}")
-
     # How the work is spread over devices and batches is no part of a condition.
     setting = {
         name: value
         for name, value in _configuration(settings).items()
         if not name.startswith("mesh.") and name != "policy.rows"
-    } | in_force
+    } | _in_force(lab)
     cells = conditions(settings)
     summaries = []
-    with _workdir_for(workdir, document), Progress(len(cells) * settings.evolve.rounds) as progress:
-        metrics_file = workdir / "metrics.jsonl"
-        _mend(metrics_file)
+    metrics_file = workdir / "metrics.jsonl"
+    mend(metrics_file)
+    with Progress(len(cells) * settings.evolve.rounds) as progress:
 
         def on_round(finished: Finished) -> None:
             metrics = _metrics(finished)
@@ -220,13 +181,39 @@ def evolve(settings: Settings, workdir: Path) -> None:
                 append(metrics_file, [metrics])
             progress.advance(metrics)
 
-        for condition in cells:
-            path = _episodes_file(workdir, condition)
-            records = run_condition(condition, scenarios, policy, wording, settings, path, on_round)
-            summaries.append(
-                analysis.summarise(condition.name, condition.model, condition.control, setting, records, settings.seed)
-            )
-        write_json(workdir / "results.json", {"schema": 1, "testbed": settings.testbed, "conditions": summaries})
+        for name in models(settings):
+            policy = make_policy(settings, lab, name, workdir, len(scenarios) * settings.evolve.samples)
+            for condition in (cell for cell in cells if cell.model == name):
+                path = _episodes_file(workdir, condition)
+                records = run_condition(condition, scenarios, policy, lab.wording, settings, path, on_round)
+                summaries.append(
+                    analysis.summarise(condition.name, name, condition.control, setting, records, settings.seed)
+                )
+    write_json(workdir / "results.json", {"schema": 1, "testbed": settings.testbed, "conditions": summaries})
+
+
+def _in_force(lab: Lab) -> dict:
+    values = dataclasses.asdict(lab.sampling) if lab.sampling else {}
+    return {f"sampling.{name}": value for name, value in values.items()}
+
+
+def _check_scenarios(settings: Settings, lab: Lab) -> None:
+    """Whatever the scenarios could fail by later, and what the user should know of them."""
+    scenarios = load_role_play(settings.data.path, settings.data.items, settings.data.limit)
+    for note in (*warnings(scenarios), *check(scenarios, settings.evolve.supervision, lab.wording, settings.parity)):
+        print("note:", note)
+    if lab.model is None:
+        make_policy(settings, lab, "scripted", Path(), len(scenarios) * settings.evolve.samples)
+
+
+def _align(stage: str, settings: Settings, workdir: Path, lab: Lab) -> None:
+    from atp_jax import alignment  # here, so that a scripted run starts without what training needs
+
+    if stage == "pairs":
+        alignment.collect_pairs(settings, workdir, lab)
+    else:
+        train = alignment.train_dpo if stage == "dpo" else alignment.train_grpo
+        train(settings, workdir, lab, lambda line: print(describe_training(line), flush=True))
 
 
 def report(settings: Settings, workdir: Path) -> None:
@@ -250,18 +237,38 @@ def report(settings: Settings, workdir: Path) -> None:
     print(f"\nreport: {workdir / 'report' / 'index.html'}")
 
 
+def _finished(stage: str, workdir: Path) -> bool:
+    left = {"pairs": "pairs.jsonl", "dpo": "models/dpo", "grpo": "models/grpo", "evolve": "results.json"}
+    return stage in left and (workdir / left[stage]).exists()
+
+
 def run(settings: Settings, workdir: Path) -> None:
     """Run the stages that the settings name. The same again resumes, and a finished stage is not run again."""
     _check_place(workdir)
     recorded = read_json(workdir / "config.json")
     if recorded is not None:
         _refuse_difference(workdir, recorded["config"], _configuration(settings), "another configuration")
-    elif any((workdir / name).exists() for name in ("evolve", "metrics.jsonl", "results.json")):
+    elif any((workdir / name).exists() for name in LEAVINGS):
         raise UserError(f"{workdir} holds a run without its config.json; use another workdir")
-    if "evolve" in settings.stages:
-        if (workdir / "results.json").exists():
-            print(f"{workdir} holds the finished run")
-        else:
-            evolve(settings, workdir)
+    for stage in settings.stages:
+        if _finished(stage, workdir):
+            print(f"{workdir} holds the finished {'run' if stage == 'evolve' else 'stage ' + stage}")
+    todo = [stage for stage in settings.stages if stage != "report" and not _finished(stage, workdir)]
+    if todo:
+        lab = open_lab(settings)
+        if "evolve" in todo:
+            _check_scenarios(settings, lab)
+        in_force, machine = _in_force(lab), _machine()
+        if recorded is not None:
+            _refuse_difference(workdir, recorded["in_force"], in_force, "other values in force")
+            for name, value in machine.items():
+                if recorded[name] != value:
+                    print(f"note: the run was begun with {name} {recorded[name]}, now {value}")
+        with _workdir_for(workdir, {"config": _configuration(settings), "in_force": in_force, **machine}):
+            for stage in todo:
+                if stage == "evolve":
+                    evolve(settings, workdir, lab)
+                else:
+                    _align(stage, settings, workdir, lab)
     if "report" in settings.stages:
         report(settings, workdir)

@@ -6,7 +6,6 @@ every condition. All episodes of a condition go through a round together, so tha
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 from atp_jax.decisions import DECISIONS, read_decision
 from atp_jax.envs import role_play as env
 from atp_jax.errors import UserError
+from atp_jax.files import append, cut
 from atp_jax.policies.types import Answer, Policy, Request
 from atp_jax.scenarios import role_play as words
 from atp_jax.scenarios.pack import Scenario
@@ -73,20 +73,8 @@ def recover(path: Path, episodes: int) -> list[list[dict]]:
         if len(current) == episodes:
             rounds.append(current)
             kept, current = end, []
-    if kept < len(data):
-        with path.open("r+b") as file:
-            file.truncate(kept)
-            os.fsync(file.fileno())
+    cut(path, kept)
     return rounds
-
-
-def append(path: Path, records: Sequence[dict]) -> None:
-    """Append one JSON line a record, on disk when this returns. Floats are written by `repr`, text in ASCII."""
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    with path.open("ab") as file:
-        file.write(lines.encode("ascii"))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager

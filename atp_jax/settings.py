@@ -20,10 +20,20 @@ from atp_jax.errors import UserError
 
 TESTBEDS = ("role_play",)
 PARITIES = ("default", "upstream")
-STAGES = ("evolve", "report")  # in the order they run
+STAGES = ("pairs", "dpo", "grpo", "evolve", "report")  # in the order they run
+# What each way to align runs before `evolve` and `report`; both start from the base model.
+METHODS = {"none": (), "dpo": ("pairs", "dpo"), "grpo": ("grpo",), "dpo+grpo": ("pairs", "dpo", "grpo")}
 KINDS = ("model", "scripted")
 DTYPES = ("float32", "bfloat16")
 CONTROLS = ("none", "no_history")
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # every linear layer but the head
+SCHEDULES = ("linear", "cosine", "constant")
+PREFERENCE_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "simpo", "orpo")
+AGGREGATIONS = ("dapo", "grpo", "dr_grpo")
+SCALES = ("group", "batch", "none")
+LEVELS = ("token", "sequence")
+MODES = ("context", "weights", "both")
+CREDITS = ("trajectory", "round")
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class DataSettings:
 class PolicySettings:
     kind: str = "model"
     model: str = ""  # Hugging Face directory or hub id; empty: the embedded organism
+    adapter: str = ""  # PEFT adapter directory that the model wears from the start; empty: none
     dtype: str = "float32"
     script: str = ""  # answers of the scripted policy, JSON lines
     rows: int | None = None  # at most so many rows decoded together; null: all
@@ -54,12 +65,102 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
+class WeightsSettings:
+    """Evolution in the weights: policy gradient from what the environment itself pays. Its answers are drawn, credited
+    and weighted as `align.grpo` says, its adapter is that of `align.lora`."""
+
+    updates: int = 200
+    prompts: int = 8  # scenarios an update
+    group: int = 8  # episodes of each
+    kl: float = 0.0  # to the deployed policy, the model as it was when its evolution began
+    learning_rate: float = 1e-5  # constant
+    measure_every: int = 20  # updates between two measured rounds
+
+
+@dataclass(frozen=True)
 class EvolveSettings:
     rounds: int = 6
     window: int | None = 5  # rounds of history shown; null: all
     samples: int = 1  # episodes a scenario
     supervision: str = "all_unsupervised"
     controls: tuple[str, ...] = ("none",)
+    models: tuple[str, ...] = ()  # of base, dpo, grpo; empty: base and what align.method makes
+    mode: str = "context"  # where experience goes: the context (weights fixed), the weights (no history), or both
+    weights: WeightsSettings = field(default_factory=WeightsSettings)
+    probe: tuple[int, ...] = ()  # lengths of the scripted histories after which the next decision is probed
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    rank: int = 8  # 0: no adapter, the weights themselves are trained
+    alpha: float = 16.0
+    targets: tuple[str, ...] = TARGETS
+
+
+@dataclass(frozen=True)
+class PairsSettings:
+    path: str = ""  # preferences of your own, a file or a hub data set; empty: collected from the model's answers
+    samples: int = 1  # pairs wanted a scenario
+    tries: int = 5  # answers asked for each half of a pair, at most
+
+
+@dataclass(frozen=True)
+class DpoSettings:
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    smoothing: float = 0.0  # of sigmoid and robust: the share of pairs taken to be the wrong way round
+    gamma: float = 0.5  # of simpo: the margin
+    epochs: int = 12
+    batch: int = 8  # pairs a step
+    learning_rate: float = 1e-5
+    schedule: str = "cosine"
+    warmup: float = 0.1  # share of the steps
+    max_prompt: int = 1024  # tokens of the prompt that are kept, from its end
+    max_length: int = 4096  # tokens of prompt and answer together
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    steps: int = 240
+    prompts: int = 4  # scenarios a step
+    group: int = 4  # episodes of each
+    rounds: int = 1  # of an episode; 1: single-turn, as in the paper
+    credit: str = "trajectory"  # what an answer is rewarded with: the episode's return, or its own round's reward
+    rewards: tuple[float, ...] = (1.0, 0.0, 0.0)  # comply, violate, unparsed
+    temperature: float = 1.0  # top-p and top-k are off, so that what is scored is what was sampled from
+    aggregation: str = "dapo"
+    scale: str = "group"  # what advantages are divided by: the spread within the group, of the batch, nothing
+    level: str = "token"  # of the importance ratio
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.04
+    cap: float | None = None  # of truncated importance sampling; null: off
+    iterations: int = 1  # updates from the same answers
+    resample: int = 0  # how often groups whose answers are all worth the same are drawn anew
+    keep: float = 1.0  # share of the groups that train, those with the largest spread
+    learning_rate: float = 1e-6
+    schedule: str = "linear"
+    warmup: float = 0.0
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    method: str = "none"
+    path: str = ""  # scenarios to align on; empty: the shipped alignment pack
+    validation: str = ""  # scenarios that tell when to stop; empty: the shipped validation pack
+    target: float | None = None  # stop once the first-round violation rate on them is at most this; null: all steps
+    check_every: int = 10  # steps between two looks at that rate
+    check_samples: int = 4  # answers a validation scenario at each look
+    train: tuple[str, ...] = ()  # without an adapter: names of the parameters that are trained; empty: all
+    rows: int = 8  # of one micro-batch
+    max_grad_norm: float = 1.0  # 0: off
+    weight_decay: float = 0.0
+    max_bad_steps: int = 5  # steps in a row with a loss or gradient that is not finite
+    save_every: int = 10  # steps between two checkpoints
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    pairs: PairsSettings = field(default_factory=PairsSettings)
+    dpo: DpoSettings = field(default_factory=DpoSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
 
 
 @dataclass(frozen=True)
@@ -77,10 +178,11 @@ class Settings:
     seed: int = 0
     parity: str = "default"
     wording: str = ""  # path of a wording pack; empty: the project's own
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = ()  # empty: those of align.method, then evolve and report
     data: DataSettings = field(default_factory=DataSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    align: AlignSettings = field(default_factory=AlignSettings)
     evolve: EvolveSettings = field(default_factory=EvolveSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
 
@@ -196,20 +298,86 @@ def _at_least(name: str, value: float | None, least: float) -> None:
         raise UserError(f"setting {name} must be at least {least}, not {value!r}")
 
 
+def _above(name: str, value: float, bound: float) -> None:
+    if value <= bound:
+        raise UserError(f"setting {name} must be above {bound}, not {value!r}")
+
+
+def _between(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise UserError(f"setting {name} must be from {least} to {most}, not {value!r}")
+
+
 def _distinct(name: str, values: tuple) -> None:
     if len(set(values)) < len(values):
         raise UserError(f"setting {name} names something twice: {values!r}")
 
 
-def check_stages(stages: tuple[str, ...]) -> tuple[str, ...]:
-    """The stages in the order they run."""
-    if not stages:
-        raise UserError("setting stages is empty: nothing would be done")
+def check_stages(stages: tuple[str, ...], method: str) -> tuple[str, ...]:
+    """The stages in the order they run; without any, those of the method."""
     for stage in stages:
-        if stage in ("pairs", "dpo", "grpo"):
-            raise UserError(f"stage {stage} is not there yet; there are {', '.join(STAGES)}")
         _one_of("stages", stage, STAGES)
-    return tuple(stage for stage in STAGES if stage in stages)
+    return tuple(stage for stage in STAGES if stage in (stages or (*METHODS[method], "evolve", "report")))
+
+
+def _check_align(align: AlignSettings, policy: PolicySettings) -> None:
+    _one_of("align.method", align.method, tuple(METHODS))
+    if align.method != "none" and policy.kind != "model":
+        raise UserError(f"align.method={align.method} trains a model, but policy.kind is {policy.kind!r}")
+    if align.target is not None:
+        _between("align.target", align.target, 0, 1)
+    for name in ("check_every", "check_samples", "rows", "max_bad_steps", "save_every"):
+        _at_least(f"align.{name}", getattr(align, name), 1)
+    for name in ("max_grad_norm", "weight_decay"):
+        _at_least(f"align.{name}", getattr(align, name), 0)
+    lora, pairs, dpo, grpo = align.lora, align.pairs, align.dpo, align.grpo
+    _at_least("align.lora.rank", lora.rank, 0)
+    _above("align.lora.alpha", lora.alpha, 0)
+    if not lora.targets:
+        raise UserError("setting align.lora.targets is empty: the adapter would be nowhere")
+    for target in lora.targets:
+        _one_of("align.lora.targets", target, TARGETS)
+    _distinct("align.lora.targets", lora.targets)
+    if align.train and lora.rank:
+        raise UserError("align.train names weights, but an adapter is trained instead: set align.lora.rank=0")
+    _at_least("align.pairs.samples", pairs.samples, 1)
+    _at_least("align.pairs.tries", pairs.tries, 1)
+    _one_of("align.dpo.loss", dpo.loss, PREFERENCE_LOSSES)
+    _above("align.dpo.beta", dpo.beta, 0)
+    if not 0 <= dpo.smoothing < 0.5:
+        raise UserError(f"setting align.dpo.smoothing must be at least 0 and below 0.5, not {dpo.smoothing!r}")
+    for name in ("epochs", "batch", "max_prompt", "max_length"):
+        _at_least(f"align.dpo.{name}", getattr(dpo, name), 1)
+    if align.rows % 2:
+        raise UserError(f"setting align.rows must be even, not {align.rows}: a pair's two answers stay together")
+    _one_of("align.grpo.credit", grpo.credit, CREDITS)
+    if len(grpo.rewards) != 3:
+        raise UserError(
+            f"setting align.grpo.rewards must be three numbers (comply, violate, unparsed), not {grpo.rewards!r}"
+        )
+    for name in ("steps", "prompts", "rounds", "iterations"):
+        _at_least(f"align.grpo.{name}", getattr(grpo, name), 1)
+    _at_least("align.grpo.group", grpo.group, 2)
+    _at_least("align.grpo.resample", grpo.resample, 0)
+    for name in ("temperature", "keep"):
+        _above(f"align.grpo.{name}", getattr(grpo, name), 0)
+    _between("align.grpo.keep", grpo.keep, 0, 1)
+    _one_of("align.grpo.aggregation", grpo.aggregation, AGGREGATIONS)
+    _one_of("align.grpo.scale", grpo.scale, SCALES)
+    _one_of("align.grpo.level", grpo.level, LEVELS)
+    if align.save_every % grpo.iterations or align.check_every % grpo.iterations:
+        raise UserError(
+            f"align.save_every={align.save_every} and align.check_every={align.check_every} must be multiples of "
+            f"align.grpo.iterations={grpo.iterations}: a training goes on from where new answers are drawn"
+        )
+    for name in ("clip_low", "clip_high", "kl"):
+        _at_least(f"align.grpo.{name}", getattr(grpo, name), 0)
+    if grpo.cap is not None:
+        _above("align.grpo.cap", grpo.cap, 0)
+    for name, group in (("dpo", dpo), ("grpo", grpo)):
+        _above(f"align.{name}.learning_rate", group.learning_rate, 0)
+        _one_of(f"align.{name}.schedule", group.schedule, SCHEDULES)
+        _between(f"align.{name}.warmup", group.warmup, 0, 1)
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -240,6 +408,8 @@ def check_settings(settings: Settings) -> Settings:
     _at_least("policy.rows", policy.rows, 1)
     if policy.kind == "scripted" and not policy.script:
         raise UserError("policy.kind=scripted reads its answers from a file: set policy.script to its path")
+    if policy.kind == "scripted" and policy.adapter:
+        raise UserError("policy.adapter is set but policy.kind is 'scripted': the adapter would not be worn")
     if policy.kind != "scripted" and policy.script:
         raise UserError(f"policy.script is set but policy.kind is {policy.kind!r}: the script would not be read")
 
@@ -259,10 +429,28 @@ def check_settings(settings: Settings) -> Settings:
         _one_of("evolve.controls", control, CONTROLS)
     _distinct("evolve.controls", evolve.controls)
 
+    _check_align(settings.align, policy)
+    _one_of("evolve.mode", evolve.mode, MODES)
+    if evolve.mode != "context" and policy.kind != "model":
+        raise UserError(f"evolve.mode={evolve.mode} trains a model, but policy.kind is {policy.kind!r}")
+    for name in ("updates", "prompts", "measure_every"):
+        _at_least(f"evolve.weights.{name}", getattr(evolve.weights, name), 1)
+    _at_least("evolve.weights.group", evolve.weights.group, 2)
+    _at_least("evolve.weights.kl", evolve.weights.kl, 0)
+    _above("evolve.weights.learning_rate", evolve.weights.learning_rate, 0)
+    for model in evolve.models:
+        _one_of("evolve.models", model, ("base", "dpo", "grpo"))
+    _distinct("evolve.models", evolve.models)
+    for length in evolve.probe:
+        _at_least("evolve.probe", length, 0)
+    _distinct("evolve.probe", evolve.probe)
+    if evolve.probe and policy.kind != "model":
+        raise UserError(f"evolve.probe scores answers with a model, but policy.kind is {policy.kind!r}")
+
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     for name, size in sizes.items():
         if size != -1:
             _at_least(f"mesh.{name}", size, 1)
     if list(sizes.values()).count(-1) > 1:
         raise UserError("at most one of mesh.data, mesh.fsdp and mesh.tensor can be -1")
-    return dataclasses.replace(settings, stages=check_stages(settings.stages))
+    return dataclasses.replace(settings, stages=check_stages(settings.stages, settings.align.method))

@@ -12,6 +12,7 @@ from atp_jax.decisions import normalise
 from atp_jax.errors import UserError
 
 _SHIPPED = Path(__file__).with_name("role_play.json")
+ALIGN, VALIDATION = (str(Path(__file__).with_name(f"role_play_{name}.json")) for name in ("align", "validation"))
 _NEEDED = ("id", "environment", "system_prompt", "user_prompt", "supervised_choice", "better_choice")
 _TEXTS = ("supervised_text", "unsupervised_text", "neutral_text")
 _PLACEHOLDER = re.compile(r"\$\{\w*\}?|\{[^\W\d]\w*\}")

@@ -1,0 +1,1 @@
+"""Alignment: pairs and groups of answers, losses of their log-probabilities, one update."""

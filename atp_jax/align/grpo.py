@@ -1,0 +1,127 @@
+"""Group-relative policy optimisation: of several answers to the same prompt, what paid more than its group's mean is
+made more likely (semantics: TRL's, mended where its numbers depend on the micro-batch).
+
+What a step learns from is drawn by a function that is given the current weights: alignment draws with the rewards of
+the rule, evolution in the weights with those that the environment pays.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atp_jax.align.dpo import rows_of
+from atp_jax.align.logprobs import token_logprobs
+from atp_jax.align.losses import advantages, k3, policy_loss, token_weights
+from atp_jax.align.trainable import join
+from atp_jax.model import Model
+from atp_jax.models.decoder import abstract
+from atp_jax.policies.types import Answer
+from atp_jax.settings import GrpoSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Answers to learn from: `rewards` is [P, G, R], P prompts, G members of each group, R rounds an episode, and
+    `answers` has one entry for each in that order; `measured` is what there is to log of them."""
+
+    answers: Sequence[Answer]
+    rewards: np.ndarray
+    measured: dict
+
+
+class Grpo:
+    """The method of align/loop.py that learns from groups of answers."""
+
+    def __init__(
+        self, name: str, draw: Callable[[int, object, object], Draw], given: Model, settings: GrpoSettings, longest: int
+    ):
+        """draw: (number of the draw from 0, params, lora) -> Draw. longest: tokens an answer can have, what `dr_grpo`
+        divides by."""
+        self.name, self.steps, self.iterations = name, settings.steps, settings.iterations
+        self.optimiser = {
+            "learning_rate": settings.learning_rate, "schedule": settings.schedule, "warmup": settings.warmup,
+        }  # fmt: skip
+        self._draw, self._settings, self._longest = draw, settings, longest
+        self._graphdef, _ = abstract(given.config)
+        self._score = jax.jit(lambda params, lora, tokens, lengths: self._logprobs(params, lora, tokens, lengths)[0])
+        self._drawn = None
+
+    def batch(self, step: int, params, lora) -> tuple[dict[str, np.ndarray], dict]:
+        """Rows of the step's draw; with `iterations` n, every n steps learn from the same."""
+        if step % self.iterations == 0:
+            self._drawn = self._learnable(self._draw(step // self.iterations, params, lora), params, lora)
+        return self._drawn
+
+    def loss(self, trainable, fixed, micro):
+        """Sum of token weight x (policy loss + kl x k3), and sums over the answers' tokens of what is logged."""
+        s = self._settings
+        frozen, reference = fixed
+        params, lora = join(trainable, frozen)
+        tokens, lengths, mask = micro["tokens"], micro["lengths"], micro["mask"]
+        logprobs, entropy = self._logprobs(params, lora, tokens, lengths)
+        # With one update a draw the old policy is the one that is trained: the ratio is 1, its gradient is not 0.
+        old = micro["old"] if self.iterations > 1 else jax.lax.stop_gradient(logprobs)
+        per_token, ratio, low, high = policy_loss(
+            logprobs, old, micro["advantages"], mask, clip_low=s.clip_low, clip_high=s.clip_high, level=s.level,
+            sampler=micro["sampler"], cap=s.cap,
+        )  # fmt: skip
+        sums = {"entropy": entropy, "ratio": ratio, "clip_ratio/low": low, "clip_ratio/high": high}
+        if s.kl:
+            reference_logprobs, _ = jax.lax.stop_gradient(self._logprobs(*reference, tokens, lengths))
+            divergence = k3(logprobs, reference_logprobs)
+            per_token = per_token + s.kl * divergence
+            sums["kl"] = divergence
+        sums = {name: (value * mask).sum() for name, value in sums.items()} | {"tokens": mask.sum()}
+        return (per_token * micro["weights"]).sum(), (sums, {"logprobs": logprobs})
+
+    def measures(self, batch: dict, sums: dict, outputs: dict) -> dict:
+        """Means a token, and how far the trainer's log-probabilities are from the sampler's."""
+        tokens = max(sums.pop("tokens"), 1.0)
+        over_tokens = ("entropy", "ratio", "clip_ratio/low", "clip_ratio/high", "kl")
+        found = {name: value / tokens if name in over_tokens else value for name, value in sums.items()}
+        counted = batch["mask"] > 0
+        apart = np.abs(outputs["logprobs"] - batch["sampler"])[counted]
+        if apart.size:
+            found |= {
+                "sampler_difference/mean": float(apart.mean()), "sampler_difference/max": float(apart.max()),
+                "sampler_difference/p99": float(np.quantile(apart, 0.99)),
+            }  # fmt: skip
+        return found
+
+    def _logprobs(self, params, lora, tokens, lengths):
+        return token_logprobs(params, lora, tokens, lengths, self._settings.temperature, graphdef=self._graphdef)
+
+    def _learnable(self, drawn: Draw, params, lora) -> tuple[dict[str, np.ndarray], dict]:
+        s = self._settings
+        prompts, group, rounds = drawn.rewards.shape
+        # What each answer is compared by, within its group: the whole episode's return, or its own round's reward.
+        credited = drawn.rewards.sum(2, keepdims=True) if s.credit == "trajectory" else drawn.rewards
+        by_group = credited.transpose(0, 2, 1).reshape(-1)
+        gains = np.asarray(advantages(jnp.asarray(by_group, jnp.float32), group, scale=s.scale))
+        gains = np.broadcast_to(gains.reshape(prompts, -1, group).transpose(0, 2, 1), drawn.rewards.shape)
+        spread = drawn.rewards.sum(2).std(1)
+        kept = np.zeros(prompts, bool)
+        kept[np.argsort(-spread, kind="stable")[: max(1, round(s.keep * prompts))]] = True
+
+        rows = rows_of([(answer.prompt, answer.tokens) for answer in drawn.answers])
+        rows["mask"] = rows["mask"] * np.repeat(kept, group * rounds)[:, None].astype(np.float32)
+        rows["advantages"] = gains.reshape(-1).astype(np.float32)
+        rows["weights"] = np.asarray(token_weights(rows["mask"], s.aggregation, self._longest))
+        rows["sampler"] = np.zeros(rows["tokens"].shape, np.float32)
+        for row, answer in enumerate(drawn.answers):
+            rows["sampler"][row, len(answer.prompt) : rows["lengths"][row]] = answer.logprobs
+        if self.iterations > 1:
+            rows["old"] = np.asarray(self._score(params, lora, rows["tokens"], rows["lengths"]))
+        lengths = np.array([len(answer.tokens) for answer in drawn.answers])
+        cut = np.array([answer.finish == "length" for answer in drawn.answers])
+        returns = drawn.rewards.sum(2)
+        logged = {
+            "reward": float(returns.mean()), "reward_std": float(returns.std(1, ddof=1).mean()),
+            "frac_reward_zero_std": float((spread == 0).mean()), "groups_kept": int(kept.sum()),
+            "completions/mean_length": float(lengths.mean()), "completions/min_length": int(lengths.min()),
+            "completions/max_length": int(lengths.max()), "completions/clipped_ratio": float(cut.mean()),
+        }  # fmt: skip
+        return rows, logged | drawn.measured

@@ -1,0 +1,136 @@
+"""One update: gradients of micro-batches summed in a scan, clipped, and applied unless they are not finite.
+
+The loss of a micro-batch is a *sum* whose weights already hold the one denominator of the whole batch
+(align/losses.py:token_weights), so nothing is divided here, and how the batch is cut up cannot change the step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from atp_jax.errors import UserError
+
+
+class TrainState(struct.PyTreeNode):
+    """What an update changes. step: updates attempted; bad: how many of the last were skipped in a row; skipped: how
+    many altogether; all int32. The optimiser's own count, which the schedule reads, is of the updates applied."""
+
+    trainable: Any
+    optimiser: Any
+    step: jax.Array
+    bad: jax.Array
+    skipped: jax.Array
+
+
+def learning_rates(learning_rate: float, schedule: str, steps: int, warmup: float) -> optax.Schedule:
+    """Update (from 0) -> learning rate. The first ceil(warmup x steps) updates rise from 0; then "constant", or to 0 at
+    `steps`: "linear", lr (T - t) / T without warm-up, or "cosine", lr (1 + cos(pi t / T)) / 2."""
+    rising = int(np.ceil(warmup * steps))
+    left = max(steps - rising, 1)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(learning_rate, left),
+    }[schedule]
+    if not rising:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, rising), after], [rising])
+
+
+class Optimiser(struct.PyTreeNode):
+    """AdamW behind a clip of the gradient's global norm, and the schedule it follows."""
+
+    transform: optax.GradientTransformation = struct.field(pytree_node=False)
+    schedule: optax.Schedule = struct.field(pytree_node=False)
+    max_grad_norm: float = struct.field(pytree_node=False)
+
+
+def make_optimiser(
+    learning_rate: float,
+    schedule: str,
+    steps: int,
+    warmup: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Optimiser:
+    """steps: of the whole training. warmup: share of them. max_grad_norm: 0 is off."""
+    rates = learning_rates(learning_rate, schedule, steps, warmup)
+    adamw = optax.adamw(rates, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay)
+    return Optimiser(adamw, rates, max_grad_norm)
+
+
+def init_state(trainable: Any, optimiser: Optimiser) -> TrainState:
+    """The state before the first update. `trainable` is donated by it: keep no other use of its arrays."""
+    zero = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three arrays: one cannot be donated thrice
+    return TrainState(trainable, optimiser.transform.init(trainable), *zero)
+
+
+def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
+    """The jitted update (state, fixed, batch) -> (state, metrics, outputs); the state is donated.
+
+    batch: a pytree of [M, rows, ...], M micro-batches. loss: (trainable, fixed, micro) -> (the sum of weighted losses
+    of a micro-batch, (dict of sums, dict of arrays a row [rows, ...])). metrics: float32 scalars: loss and the sums
+    over the whole batch, grad_norm before and grad_norm_clipped after clipping, learning_rate, skipped, bad. outputs:
+    the arrays a row, [M, rows, ...]. A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def update(state: TrainState, fixed, batch):
+        def add(total, micro):
+            (value, (sums, outputs)), gradient = value_and_grad(state.trainable, fixed, micro)
+            return jax.tree.map(jnp.add, total, (value, sums, gradient)), outputs
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(lambda: value_and_grad(state.trainable, fixed, first))
+        (value, (sums, _)), gradient = shapes
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, sums, gradient))
+        (value, sums, gradient), outputs = jax.lax.scan(add, nothing, batch)
+
+        norm = optax.global_norm(gradient)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        scale = 1.0
+        if optimiser.max_grad_norm:
+            scale = jnp.minimum(1.0, optimiser.max_grad_norm / jnp.maximum(norm, 1e-12))
+        gradient = jax.tree.map(lambda g: jnp.where(good, g * scale, 0.0), gradient)
+        updates, moved = optimiser.transform.update(gradient, state.optimiser, state.trainable)
+        trainable, kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.trainable, updates), moved),
+            (state.trainable, state.optimiser),
+        )
+        bad = jnp.where(good, 0, state.bad + 1)
+        skipped = state.skipped + ~good
+        rate = optimiser.schedule(optax.tree_utils.tree_get(state.optimiser, "count"))
+        metrics = {
+            "loss": value, "grad_norm": norm, "grad_norm_clipped": norm * scale, "learning_rate": rate,
+            "skipped": skipped, "bad": bad, **sums,
+        }  # fmt: skip
+        return TrainState(trainable, kept, state.step + 1, bad, skipped), metrics, outputs
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def check_bad(state: TrainState, most: int) -> None:
+    """UserError when so many updates in a row had to be skipped."""
+    if int(state.bad) >= most:
+        raise UserError(
+            f"{int(state.bad)} updates in a row had a loss or gradient not finite (align.max_bad_steps={most}): "
+            "a smaller learning rate or float32 may help; the last checkpoint is good"
+        )
+
+
+def micro_batches(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """[N, ...] -> [M, rows, ...], filled up with rows of zeros, whose weights are zero like everything else in them."""
+
+    def cut(x):
+        x = np.concatenate([x, np.zeros((-len(x) % rows, *x.shape[1:]), x.dtype)])
+        return x.reshape(-1, rows, *x.shape[1:])
+
+    return {name: cut(values) for name, values in batch.items()}

@@ -1,0 +1,190 @@
+"""The stages that make aligned models out of the base model, each from the base: `pairs`, `dpo`, `grpo`.
+
+What they leave: `pairs.jsonl`; lines in `metrics.jsonl`; `checkpoints/<stage>` while they train; `models/<stage>`, a
+PEFT adapter or, when the weights themselves were trained, a Hugging Face directory.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from atp_jax.align import loop, pairs
+from atp_jax.align.dpo import Dpo
+from atp_jax.align.grpo import Draw, Grpo
+from atp_jax.chat import Chat
+from atp_jax.decisions import DECISIONS
+from atp_jax.envs import role_play as env
+from atp_jax.errors import UserError
+from atp_jax.files import append, mend
+from atp_jax.lab import Lab
+from atp_jax.model import Model
+from atp_jax.models import peft
+from atp_jax.policies.model import ModelPolicy
+from atp_jax.rollout import Condition, Lives
+from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play
+from atp_jax.settings import Settings, flatten
+
+# The addresses of their randomness, apart from those of the conditions that evolve.
+PAIRS_CONDITION, DRAWS, LOOKS = 1000, 2000, 3000
+
+
+def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
+    """Writes `pairs.jsonl`: the user's own preferences, or pairs of the model's own answers under steering messages."""
+    align = settings.align
+    if align.pairs.path:
+        found, told = pairs.read_pairs(align.pairs.path), {"read": align.pairs.path}
+    else:
+        scenarios = load_role_play(align.path or ALIGN)
+        policy = _policy(settings, lab)
+        found, told = pairs.collect(
+            scenarios, policy, lab.wording, samples=align.pairs.samples, tries=align.pairs.tries,
+            condition=PAIRS_CONDITION, parity=settings.parity,
+        )  # fmt: skip
+    if not found:
+        raise UserError(f"no pairs: {told}; more align.pairs.tries or other steering messages in the wording may help")
+    pairs.write_pairs(workdir / "pairs.jsonl", found)
+    line = {"stage": "pairs", "pairs": len(found)} | told
+    mend(workdir / "metrics.jsonl")
+    append(workdir / "metrics.jsonl", [line])
+    print(", ".join(f"{name} {value}" for name, value in line.items()))
+
+
+def train_dpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
+    """Writes `models/dpo`, trained on `pairs.jsonl`."""
+    if not (workdir / "pairs.jsonl").exists():
+        raise UserError(f"{workdir} holds no pairs.jsonl: run the stage pairs first")
+    dpo = settings.align.dpo
+    chat = Chat(lab.model.tokenizer, settings.sampling.thinking)
+    rows = pairs.tokenise(pairs.read_pairs(workdir / "pairs.jsonl"), chat, dpo.max_prompt, dpo.max_length)
+    _train(Dpo(rows, lab.model, dpo, settings.seed), settings, workdir, lab, say)
+
+
+def train_grpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
+    """Writes `models/grpo`, trained on its own answers to the alignment scenarios."""
+    grpo = settings.align.grpo
+    method = Grpo("grpo", Episodes(settings, lab), lab.model, grpo, lab.sampling.max_new_tokens)
+    _train(method, settings, workdir, lab, say)
+
+
+class Episodes:
+    """Draws for GRPO: groups of episodes of role-play, rewarded by their decisions."""
+
+    def __init__(self, settings: Settings, lab: Lab):
+        self._grpo = settings.align.grpo
+        evolve = dataclasses.replace(settings.evolve, rounds=self._grpo.rounds)
+        self._settings = dataclasses.replace(settings, evolve=evolve)
+        self._wording = lab.wording
+        self._scenarios = load_role_play(settings.align.path or ALIGN)
+        if len(self._scenarios) < self._grpo.prompts:
+            raise UserError(
+                f"align.grpo.prompts={self._grpo.prompts} scenarios a step, but there are only {len(self._scenarios)}"
+            )
+        # Whole distributions, so that what is scored is what was sampled from.
+        sampling = dataclasses.replace(lab.sampling, temperature=self._grpo.temperature, top_p=1.0, top_k=0)
+        self._policy = _policy(settings, dataclasses.replace(lab, sampling=sampling))
+
+    def __call__(self, number: int, params, lora) -> Draw:
+        """Draw `number` (from 0): `prompts` scenarios, `group` episodes of each, all answers of all their rounds."""
+        grpo = self._grpo
+        self._policy.load(params, lora)
+        chosen = [self._scenarios[i] for i in self._chosen(number)]
+        block = number * (grpo.resample + 1)
+        answers, decisions = self._live(chosen, block)
+        rewards = np.asarray(grpo.rewards)[decisions]
+        flat = _worthless(rewards)
+        resampled = 0
+        for again in range(1, grpo.resample + 1):
+            if not flat.any():
+                break
+            where = np.flatnonzero(flat)
+            resampled += len(where)
+            answers[where], decisions[where] = self._live([chosen[i] for i in where], block + again)
+            rewards = np.asarray(grpo.rewards)[decisions]
+            flat = _worthless(rewards)
+        shares = {f"share_{name}": float((decisions == code).mean()) for code, name in enumerate(DECISIONS)}
+        return Draw(answers.reshape(-1).tolist(), rewards, shares | {"groups_resampled": resampled})
+
+    def _chosen(self, number: int) -> np.ndarray:
+        """Which scenarios: every epoch goes through all once, in an order of its own, and drops the short tail."""
+        prompts = self._grpo.prompts
+        epoch, place = divmod(number, len(self._scenarios) // prompts)
+        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._scenarios))
+        return order[place * prompts : (place + 1) * prompts]
+
+    def _live(self, scenarios: list[Scenario], block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Answers (objects) and decision codes [P, G, R] of `group` episodes of each scenario; `block` numbers the
+        episodes, so that no two draws share their randomness."""
+        grpo, evolve = self._grpo, self._settings.evolve
+        episodes = [scenario for scenario in scenarios for _ in range(grpo.group)]
+        supervision = env.supervision(evolve.supervision, grpo.rounds, self._settings.seed)
+        condition = Condition(DRAWS, "grpo", "grpo", "none")
+        first = block * grpo.prompts * grpo.group
+        lives = Lives(condition, episodes, supervision, self._wording, self._settings, first)
+        answers = np.empty((len(episodes), grpo.rounds), object)
+        decisions = np.zeros((len(episodes), grpo.rounds), int)
+        for number in range(grpo.rounds):
+            said = self._policy.answer(lives.ask())
+            for row, (answer, record) in enumerate(zip(said, lives.tell(said), strict=True)):
+                answers[row, number], decisions[row, number] = answer, DECISIONS.index(record["decision"])
+        shape = (len(scenarios), grpo.group, grpo.rounds)
+        return answers.reshape(shape), decisions.reshape(shape)
+
+
+def _worthless(rewards: np.ndarray) -> np.ndarray:
+    """Which groups learn nothing: all members' returns are equal. [P, G, R] -> bool [P]"""
+    returns = rewards.sum(2)
+    return returns.max(1) == returns.min(1)
+
+
+def first_round(settings: Settings, lab: Lab) -> Callable:
+    """(params, lora) -> share of violations in the first round on the validation scenarios.
+
+    How far to align is chosen by this number alone: never on the scenarios of the experiment, never by later rounds.
+    """
+    evolve = dataclasses.replace(settings.evolve, rounds=1)
+    settings = dataclasses.replace(settings, evolve=evolve)
+    scenarios = load_role_play(settings.align.validation or VALIDATION)
+    episodes = [scenario for scenario in scenarios for _ in range(settings.align.check_samples)]
+    supervision = env.supervision(evolve.supervision, 1, settings.seed)
+    policy = _policy(settings, lab)
+
+    def rate(params, lora) -> float:
+        policy.load(params, lora)
+        lives = Lives(Condition(LOOKS, "validation", "", "none"), episodes, supervision, lab.wording, settings)
+        records = lives.tell(policy.answer(lives.ask()))
+        return sum(record["decision"] == "violate" for record in records) / len(records)
+
+    return rate
+
+
+def _policy(settings: Settings, lab: Lab) -> ModelPolicy:
+    return ModelPolicy(lab.model, lab.sampling, settings.seed, settings.sampling.thinking, settings.policy.rows)
+
+
+def _train(method: loop.Method, settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
+    mend(workdir / "metrics.jsonl")
+    identity = {
+        name: value for name, value in flatten(settings).items()
+        if name.startswith(("align.", "policy.model", "policy.adapter", "policy.dtype")) or name in ("seed", "parity")
+    }  # fmt: skip
+    look = first_round(settings, lab)
+    stopped = loop.train(method, lab.model, settings.align, settings.seed, workdir, identity, look, say)
+    target, (step, rate) = settings.align.target, stopped.looks[-1]
+    if target is not None and rate > target:
+        print(f"note: {method.name}: after all {step} steps the validation rate is {rate:.1%}, not {target:.1%}")
+    save_model(stopped.model, workdir / "models" / method.name, settings.policy.model or "atp_jax/models/organism")
+
+
+def save_model(model: Model, path: Path, base: str) -> None:
+    """A PEFT adapter directory of a model that wears an adapter, else a Hugging Face directory; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if model.lora is None:
+        model.save(path)
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    peft.save(partial, model.config, model.lora, base)
+    partial.replace(path)
