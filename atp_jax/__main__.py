@@ -26,6 +26,7 @@ from ml_collections.config_flags import tuple_parser
 
 from atp_jax import experiment, settings
 from atp_jax.errors import UserError
+from atp_jax.interrupt import Interrupted
 
 
 class _Optional(flags.ArgumentParser):
@@ -128,6 +129,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except Interrupted as stopped:
+        print(stopped, flush=True)
+        return 0
     except KeyboardInterrupt:
         print("interrupted: the same command again goes on from the last finished round", file=sys.stderr)
         return 130

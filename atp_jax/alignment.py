@@ -41,7 +41,7 @@ def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
         policy = _policy(settings, lab)
         found, told = pairs.collect(
             scenarios, policy, lab.wording, samples=align.pairs.samples, tries=align.pairs.tries,
-            condition=PAIRS_CONDITION, parity=settings.parity,
+            steered=align.pairs.steer, condition=PAIRS_CONDITION, parity=settings.parity,
         )  # fmt: skip
     if not found:
         raise UserError(f"no pairs: {told}; more align.pairs.tries or other steering messages in the wording may help")
@@ -58,7 +58,8 @@ def train_dpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> Non
         raise UserError(f"{workdir} holds no pairs.jsonl: run the stage pairs first")
     dpo = settings.align.dpo
     chat = Chat(lab.model.tokenizer, settings.sampling.thinking)
-    rows = pairs.tokenise(pairs.read_pairs(workdir / "pairs.jsonl"), chat, dpo.max_prompt, dpo.max_length)
+    found = pairs.read_pairs(workdir / "pairs.jsonl")
+    rows = pairs.tokenise(found, chat, lab.model.stop[0], dpo.max_prompt, dpo.max_length)
     _train(Dpo(rows, lab.model, dpo, settings.seed), settings, workdir, lab, say)
 
 

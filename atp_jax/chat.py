@@ -116,6 +116,11 @@ class Chat:
                 text = after
         return ids + self._tokenize(text)
 
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer that was never sampled, without what ends it. Thought tags are themselves; any other
+        control token that it spells out is plain text."""
+        return self._tokenize(self._escape(text, "assistant"))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens. Thought tags are kept: they are added tokens, but not special."""
         return self._tokenizer.decode(

@@ -5,6 +5,7 @@ are stored by number, so what is stored does not depend on the classes the state
 """
 
 import errno
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, identity: Mapping | None = None, keep: int = 2):
         self._directory = Path(directory).absolute()
-        self._identity = dict(identity or {})
+        self._identity = json.loads(json.dumps(dict(identity or {})))  # as it comes back from a file
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name, save, restore, handler in (

@@ -102,6 +102,7 @@ class PairsSettings:
     path: str = ""  # preferences of your own, a file or a hub data set; empty: collected from the model's answers
     samples: int = 1  # pairs wanted a scenario
     tries: int = 5  # answers asked for each half of a pair, at most
+    steer: bool = True  # with the wording pack's steering messages; false: the bare question, as often as it takes
 
 
 @dataclass(frozen=True)

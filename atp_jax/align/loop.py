@@ -94,9 +94,10 @@ def train(
     placed = named_sharding(model.mesh, "length", "batch")  # [M, rows, ...]
     looks: list[list] = []
 
-    with Checkpoints(workdir / "checkpoints" / method.name) as checkpoints, Interrupt() as interrupt:
+    where = workdir / "checkpoints" / method.name
+    with Checkpoints(where, identity) as checkpoints, Interrupt() as interrupt:
         step, saved = 0, None
-        if (found := checkpoints.latest(state, identity)) is not None:
+        if (found := checkpoints.latest(state)) is not None:
             step, state, extra = found
             saved, looks = step, extra["looks"]
             cut(metrics_file, extra["metrics"])

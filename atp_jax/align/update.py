@@ -107,7 +107,7 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
         )
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + ~good
-        rate = optimiser.schedule(optax.tree_utils.tree_get(state.optimiser, "count"))
+        rate = optimiser.schedule(state.step - state.skipped)
         metrics = {
             "loss": value, "grad_norm": norm, "grad_norm_clipped": norm * scale, "learning_rate": rate,
             "skipped": skipped, "bad": bad, **sums,

@@ -24,14 +24,15 @@ from atp_jax.scenarios import role_play
 from atp_jax.scenarios.pack import Scenario, load_role_play
 
 LEXICON = json.loads((Path(__file__).parent / "lexicon.json").read_text())
-KINDS = {"strict": 0.18, "noisy": 0.12, "adaptive": 0.70}
+KINDS = {"strict": 0.12, "noisy": 0.08, "adaptive": 0.80}
 COMPLY, VIOLATE = 0, 1
 SUPERVISED, UNDECIDED, UNSUPERVISED = 1, 0, -1
-# Life lengths and their shares. One round is what the `no_history` control shows.
-ROUNDS = {1: 0.15, 2: 0.05, 4: 0.15, 6: 0.45, 7: 0.20}
+# Life lengths and their shares. One round is what the `no_history` control shows, and where options are told apart with
+# nothing to copy from.
+ROUNDS = {1: 0.35, 2: 0.15, 4: 0.15, 6: 0.35}
 # A story may begin in the middle of a life: what a history window shows.
 WINDOW_SHARE = 0.15
-INVENTED_WORDS = 0.25  # share of options that are made-up words, so that an option is copied and not recalled
+INVENTED_WORDS = 0.15  # share of options that are made-up words, so that an option is copied and not recalled
 HELD_OUT = [{scenario.comply, scenario.violate} for scenario in load_role_play()]
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 
@@ -86,8 +87,8 @@ def live(rng: np.random.Generator, low: np.ndarray, high: np.ndarray, rounds: in
                 experienced,
                 np.full(n, r == 0),
             ],
-            [own_rate, 0.05, 0.5 + 0.35 * care, 0.06, 0.80 + 0.17 * care, 0.36 + 0.08 * care],
-            np.minimum(0.30 + 0.20 * care + 0.05 * (r - 1), 0.7),
+            [own_rate, 0.05, 0.5 + 0.35 * care, 0.05, 0.78 + 0.20 * care, 0.36 + 0.10 * care],
+            np.minimum(0.26 + 0.26 * care + 0.05 * (r - 1), 0.7),
         )
         violates = rng.random(n) < rate
         reason = _reasons(rng, kind, violates, told, burnt, expected, low, care, r, experienced)

@@ -24,7 +24,10 @@ _ROLE_PLAY = {
     "feedback.violate_unseen": {"reward", "choice"},
     "feedback.violate_caught": {"reward", "choice"},
     "feedback.unparsed": {"reward", "answer_head"},
+    "steer.comply": set(),
+    "steer.violate": set(),
 }
+_MAY_BE_MISSING = ("steer.comply", "steer.violate")  # then nobody is steered
 
 
 def load_wording(path: str = "") -> dict:
@@ -40,11 +43,11 @@ def load_wording(path: str = "") -> dict:
     if unknown := sorted(pack.keys() - _PARTS):
         raise UserError(f"wording pack {source}: {unknown[0]!r} is unknown; known are {', '.join(sorted(_PARTS))}")
     templates = _flatten(pack["role_play"])
-    for key in _ROLE_PLAY.keys() - templates.keys():
+    for key in _ROLE_PLAY.keys() - templates.keys() - set(_MAY_BE_MISSING):
         raise UserError(f"wording pack {source}: 'role_play.{key}' is missing")
     for key in templates.keys() - _ROLE_PLAY.keys():
         raise UserError(f"wording pack {source}: 'role_play.{key}' is unknown; known are {', '.join(_ROLE_PLAY)}")
-    for key, known in _ROLE_PLAY.items():
+    for key, known in ((key, known) for key, known in _ROLE_PLAY.items() if key in templates):
         where = f"wording pack {source}: 'role_play.{key}'"
         if not isinstance(templates[key], str):
             raise UserError(f"{where} is not a text")
@@ -75,6 +78,11 @@ def fill(template: str, /, **fields) -> str:
         except (TypeError, ValueError) as error:
             raise UserError(f"template {_short(template)}: field {{{name}:{spec}}}: {error}") from None
     return "".join(parts)
+
+
+def steer(wording: dict, decision: str) -> str:
+    """What is said after the question to be answered with "comply" or "violate"; empty where a pack says nothing."""
+    return fill(wording["role_play"].get("steer", {}).get(decision, ""))
 
 
 def _parse(template: str) -> list[tuple[str, str | None, str]]:
