@@ -1,12 +1,13 @@
-"""The stages that make aligned models out of the base model, each from the base: `pairs`, `dpo`, `grpo`.
+"""Whatever trains: the stages that align the base model (`pairs`, `dpo`, `grpo`), and evolution in the weights.
 
-What they leave: `pairs.jsonl`; lines in `metrics.jsonl`; `checkpoints/<stage>` while they train; `models/<stage>`, a
+What they leave: `pairs.jsonl`; lines in `metrics.jsonl`; `checkpoints/<name>` while they train; `models/<name>`, a
 PEFT adapter or, when the weights themselves were trained, a Hugging Face directory.
 """
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,15 @@ from atp_jax.chat import Chat
 from atp_jax.decisions import DECISIONS
 from atp_jax.envs import role_play as env
 from atp_jax.errors import UserError
-from atp_jax.files import append, mend
+from atp_jax.files import append, mend, read_lines, write_lines
 from atp_jax.lab import Lab
 from atp_jax.model import Model
 from atp_jax.models import peft
 from atp_jax.policies.model import ModelPolicy
-from atp_jax.rollout import Condition, Lives
+from atp_jax.probe import probe
+from atp_jax.rollout import Condition, Finished, Lives, recover
 from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play
-from atp_jax.settings import Settings, flatten
+from atp_jax.settings import GrpoSettings, Settings, flatten
 
 # The addresses of their randomness, apart from those of the conditions that evolve.
 PAIRS_CONDITION, DRAWS, LOOKS = 1000, 2000, 3000
@@ -66,23 +68,30 @@ def train_dpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> Non
 def train_grpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
     """Writes `models/grpo`, trained on its own answers to the alignment scenarios."""
     grpo = settings.align.grpo
-    method = Grpo("grpo", Episodes(settings, lab), lab.model, grpo, lab.sampling.max_new_tokens)
+    scenarios = load_role_play(settings.align.path or ALIGN)
+    draw = Episodes(settings, lab, scenarios, grpo, paid=False, index=DRAWS)
+    method = Grpo("grpo", draw, lab.model, grpo, lab.sampling.max_new_tokens)
     _train(method, settings, workdir, lab, say)
 
 
 class Episodes:
-    """Draws for GRPO: groups of episodes of role-play, rewarded by their decisions."""
+    """Draws for GRPO: groups of episodes of role-play.
 
-    def __init__(self, settings: Settings, lab: Lab):
-        self._grpo = settings.align.grpo
+    paid: rewarded with what the environment pays, as a share of the scenario's high payoff; else by their decisions, as
+    `rewards` of the settings says. index: what addresses their randomness.
+    """
+
+    def __init__(
+        self, settings: Settings, lab: Lab, scenarios: Sequence[Scenario], grpo: GrpoSettings, *, paid: bool, index: int
+    ):
+        self._grpo, self._paid = grpo, paid
+        self._condition = Condition(index, "draws", "", "none")
         evolve = dataclasses.replace(settings.evolve, rounds=self._grpo.rounds)
         self._settings = dataclasses.replace(settings, evolve=evolve)
         self._wording = lab.wording
-        self._scenarios = load_role_play(settings.align.path or ALIGN)
-        if len(self._scenarios) < self._grpo.prompts:
-            raise UserError(
-                f"align.grpo.prompts={self._grpo.prompts} scenarios a step, but there are only {len(self._scenarios)}"
-            )
+        self._scenarios = scenarios
+        if len(scenarios) < grpo.prompts:
+            raise UserError(f"{grpo.prompts} scenarios are asked for each step, but there are only {len(scenarios)}")
         # Whole distributions, so that what is scored is what was sampled from.
         sampling = dataclasses.replace(lab.sampling, temperature=self._grpo.temperature, top_p=1.0, top_k=0)
         self._policy = _policy(settings, dataclasses.replace(lab, sampling=sampling))
@@ -93,8 +102,7 @@ class Episodes:
         self._policy.load(params, lora)
         chosen = [self._scenarios[i] for i in self._chosen(number)]
         block = number * (grpo.resample + 1)
-        answers, decisions = self._live(chosen, block)
-        rewards = np.asarray(grpo.rewards)[decisions]
+        answers, decisions, rewards = self._live(chosen, block)
         flat = _worthless(rewards)
         resampled = 0
         for again in range(1, grpo.resample + 1):
@@ -102,8 +110,7 @@ class Episodes:
                 break
             where = np.flatnonzero(flat)
             resampled += len(where)
-            answers[where], decisions[where] = self._live([chosen[i] for i in where], block + again)
-            rewards = np.asarray(grpo.rewards)[decisions]
+            answers[where], decisions[where], rewards[where] = self._live([chosen[i] for i in where], block + again)
             flat = _worthless(rewards)
         shares = {f"share_{name}": float((decisions == code).mean()) for code, name in enumerate(DECISIONS)}
         return Draw(answers.reshape(-1).tolist(), rewards, shares | {"groups_resampled": resampled})
@@ -115,23 +122,26 @@ class Episodes:
         order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._scenarios))
         return order[place * prompts : (place + 1) * prompts]
 
-    def _live(self, scenarios: list[Scenario], block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Answers (objects) and decision codes [P, G, R] of `group` episodes of each scenario; `block` numbers the
-        episodes, so that no two draws share their randomness."""
+    def _live(self, scenarios: list[Scenario], block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Answers (objects), decision codes and rewards [P, G, R] of `group` episodes of each scenario; `block` numbers
+        the episodes, so that no two draws share their randomness."""
         grpo, evolve = self._grpo, self._settings.evolve
         episodes = [scenario for scenario in scenarios for _ in range(grpo.group)]
         supervision = env.supervision(evolve.supervision, grpo.rounds, self._settings.seed)
-        condition = Condition(DRAWS, "grpo", "grpo", "none")
         first = block * grpo.prompts * grpo.group
-        lives = Lives(condition, episodes, supervision, self._wording, self._settings, first)
+        lives = Lives(self._condition, episodes, supervision, self._wording, self._settings, first)
         answers = np.empty((len(episodes), grpo.rounds), object)
         decisions = np.zeros((len(episodes), grpo.rounds), int)
+        rewards = np.zeros((len(episodes), grpo.rounds))
         for number in range(grpo.rounds):
             said = self._policy.answer(lives.ask())
             for row, (answer, record) in enumerate(zip(said, lives.tell(said), strict=True)):
                 answers[row, number], decisions[row, number] = answer, DECISIONS.index(record["decision"])
+                rewards[row, number] = record["reward"] / episodes[row].high_reward
+        if not self._paid:
+            rewards = np.asarray(grpo.rewards, float)[decisions]
         shape = (len(scenarios), grpo.group, grpo.rounds)
-        return answers.reshape(shape), decisions.reshape(shape)
+        return answers.reshape(shape), decisions.reshape(shape), rewards.reshape(shape)
 
 
 def _worthless(rewards: np.ndarray) -> np.ndarray:
@@ -141,7 +151,7 @@ def _worthless(rewards: np.ndarray) -> np.ndarray:
 
 
 def first_round(settings: Settings, lab: Lab) -> Callable:
-    """(params, lora) -> share of violations in the first round on the validation scenarios.
+    """(step, params, lora) -> share of violations in the first round on the validation scenarios.
 
     How far to align is chosen by this number alone: never on the scenarios of the experiment, never by later rounds.
     """
@@ -152,7 +162,7 @@ def first_round(settings: Settings, lab: Lab) -> Callable:
     supervision = env.supervision(evolve.supervision, 1, settings.seed)
     policy = _policy(settings, lab)
 
-    def rate(params, lora) -> float:
+    def rate(step: int, params, lora) -> float:
         policy.load(params, lora)
         lives = Lives(Condition(LOOKS, "validation", "", "none"), episodes, supervision, lab.wording, settings)
         records = lives.tell(policy.answer(lives.ask()))
@@ -161,22 +171,86 @@ def first_round(settings: Settings, lab: Lab) -> Callable:
     return rate
 
 
+def evolve_weights(
+    settings: Settings,
+    workdir: Path,
+    lab: Lab,
+    condition: Condition,
+    scenarios: Sequence[Scenario],
+    path: Path,
+    on_round: Callable[[Finished], None],
+) -> list[dict]:
+    """The agent of `lab` goes on learning by policy gradient from what the environment pays, without a history.
+
+    Every `measure_every` updates (and before the first) is a round: `samples` first rounds of each scenario, recorded
+    in `path` with the number of updates made so far; `evolve.probe` is probed there as well, in `probe.jsonl` beside
+    it. Leaves `models/<condition>`. -> all records, in order.
+    """
+    weights, evolve = settings.evolve.weights, settings.evolve
+    grpo = dataclasses.replace(
+        settings.align.grpo, steps=weights.updates, prompts=weights.prompts, group=weights.group, rounds=1,
+        kl=weights.kl, learning_rate=weights.learning_rate, schedule="constant", warmup=0.0, iterations=1,
+    )  # fmt: skip
+    episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]
+    supervision = env.supervision(evolve.supervision, 1, settings.seed)
+    policy = _policy(settings, lab)
+    everything = [record for finished in recover(path, len(episodes)) for record in finished]
+
+    def measure(step: int, params, lora) -> float:
+        number = -(-step // weights.measure_every) + 1  # the last round may come after fewer updates
+        del everything[(number - 1) * len(episodes) :]  # measured before the run was interrupted: measure again
+        began = time.perf_counter()
+        policy.load(params, lora)
+        cell = dataclasses.replace(condition, index=condition.index + number)
+        lives = Lives(cell, episodes, supervision, lab.wording, settings)
+        records = [r | {"round": number, "updates": step} for r in lives.tell(policy.answer(lives.ask()))]
+        everything.extend(records)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, everything)
+        if evolve.probe:
+            there = path.with_name("probe.jsonl")
+            known = [cell for cell in read_lines(there) if cell["round"] < number]
+            now = dataclasses.replace(lab.model, params=params, lora=lora)
+            found = probe(settings, condition.name, now, lab.sampling, lab.wording, scenarios)
+            write_lines(there, known + [{"round": number, "updates": step} | cell for cell in found])
+        on_round(Finished(condition, number, records, False, time.perf_counter() - began))
+        return sum(record["decision"] == "violate" for record in records) / len(records)
+
+    if not (workdir / "models" / condition.name).exists():
+        draw = Episodes(settings, lab, scenarios, grpo, paid=True, index=condition.index)
+        method = Grpo(condition.name, draw, lab.model, grpo, lab.sampling.max_new_tokens)
+        training = dataclasses.replace(settings.align, target=None, check_every=weights.measure_every)
+        mend(workdir / "metrics.jsonl")
+        stopped = loop.train(
+            method, lab.model, training, settings.seed, workdir, _identity(settings), measure, lambda line: None
+        )
+        save_model(stopped.model, workdir / "models" / condition.name, _base(settings))
+    return everything
+
+
+def _base(settings: Settings) -> str:
+    return settings.policy.model or "atp_jax/models/organism"
+
+
 def _policy(settings: Settings, lab: Lab) -> ModelPolicy:
     return ModelPolicy(lab.model, lab.sampling, settings.seed, settings.sampling.thinking, settings.policy.rows)
 
 
 def _train(method: loop.Method, settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
     mend(workdir / "metrics.jsonl")
-    identity = {
-        name: value for name, value in flatten(settings).items()
-        if name.startswith(("align.", "policy.model", "policy.adapter", "policy.dtype")) or name in ("seed", "parity")
-    }  # fmt: skip
     look = first_round(settings, lab)
-    stopped = loop.train(method, lab.model, settings.align, settings.seed, workdir, identity, look, say)
+    stopped = loop.train(method, lab.model, settings.align, settings.seed, workdir, _identity(settings), look, say)
     target, (step, rate) = settings.align.target, stopped.looks[-1]
     if target is not None and rate > target:
         print(f"note: {method.name}: after all {step} steps the validation rate is {rate:.1%}, not {target:.1%}")
-    save_model(stopped.model, workdir / "models" / method.name, settings.policy.model or "atp_jax/models/organism")
+    save_model(stopped.model, workdir / "models" / method.name, _base(settings))
+
+
+def _identity(settings: Settings) -> dict:
+    """What a checkpoint has to agree with: all that shapes a training."""
+    groups = ("align.", "evolve.weights.", "policy.model", "policy.adapter", "policy.dtype", "sampling.")
+    named = ("seed", "parity", "wording", "evolve.supervision", "evolve.samples")
+    return {name: value for name, value in flatten(settings).items() if name.startswith(groups) or name in named}
 
 
 def save_model(model: Model, path: Path, base: str) -> None:

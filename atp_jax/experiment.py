@@ -52,30 +52,39 @@ def models(settings: Settings) -> tuple[str, ...]:
 
 
 def conditions(settings: Settings) -> list[Condition]:
-    """One a model and control, in the order of the settings: `base`, `base-no_history`, `dpo`, ...
+    """One a model and control, in the order of the settings: `base`, `base-no_history`, `dpo`, ..., and one a model
+    that evolves in its weights: `dpo-weights`.
 
     A condition's index addresses its randomness: it does not change when other models join the experiment.
     """
-    return [
-        Condition(
-            100 * MODELS.index(model) + CONTROLS.index(control) if model in MODELS else CONTROLS.index(control),
-            model if control == "none" else f"{model}-{control}", model, control,
-        )
-        for model in models(settings)
-        for control in settings.evolve.controls
-    ]  # fmt: skip
+    found = []
+    for model in models(settings):
+        place = MODELS.index(model) if model in MODELS else 0
+        if settings.evolve.mode in ("context", "both"):
+            for control in settings.evolve.controls:
+                name = model if control == "none" else f"{model}-{control}"
+                found.append(Condition(100 * place + CONTROLS.index(control), name, model, control))
+        if settings.evolve.mode in ("weights", "both"):
+            found.append(Condition(10_000 * (place + 1), f"{model}-weights", model, "none", "weights"))
+    return found
 
 
-def make_policy(settings: Settings, lab: Lab, name: str, workdir: Path, episodes: int) -> Policy:
-    """What answers in the conditions of one model: `scripted`, `base`, or one that an earlier stage made."""
+def deployed(lab: Lab, name: str, workdir: Path) -> Lab:
+    """The lab with the model of these conditions: the base, or one that an earlier stage made."""
+    if name not in MODELS or name == "base":
+        return lab
+    return dataclasses.replace(lab, model=aligned(lab.model, workdir / "models" / name))
+
+
+def make_policy(settings: Settings, lab: Lab, episodes: int) -> Policy:
+    """What answers: the script, or the lab's model."""
     if lab.model is None:
         policy = ScriptedPolicy(settings.policy.script)
         policy.require(episodes, settings.evolve.rounds)
         return policy
     from atp_jax.policies.model import ModelPolicy
 
-    model = lab.model if name == "base" else aligned(lab.model, workdir / "models" / name)
-    return ModelPolicy(model, lab.sampling, settings.seed, settings.sampling.thinking, rows=settings.policy.rows)
+    return ModelPolicy(lab.model, lab.sampling, settings.seed, settings.sampling.thinking, rows=settings.policy.rows)
 
 
 def _machine() -> dict:
@@ -173,7 +182,9 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     summaries = []
     metrics_file = workdir / "metrics.jsonl"
     mend(metrics_file)
-    with Progress(len(cells) * settings.evolve.rounds) as progress:
+    looks = -(-settings.evolve.weights.updates // settings.evolve.weights.measure_every) + 1
+    probed = []
+    with Progress(sum(looks if cell.mode == "weights" else settings.evolve.rounds for cell in cells)) as progress:
 
         def on_round(finished: Finished) -> None:
             metrics = _metrics(finished)
@@ -182,14 +193,26 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
             progress.advance(metrics)
 
         for name in models(settings):
-            policy = make_policy(settings, lab, name, workdir, len(scenarios) * settings.evolve.samples)
+            worn = deployed(lab, name, workdir)
+            policy = make_policy(settings, worn, len(scenarios) * settings.evolve.samples)
             for condition in (cell for cell in cells if cell.model == name):
                 path = _episodes_file(workdir, condition)
-                records = run_condition(condition, scenarios, policy, lab.wording, settings, path, on_round)
+                if condition.mode == "weights":
+                    from atp_jax import alignment
+
+                    records = alignment.evolve_weights(settings, workdir, worn, condition, scenarios, path, on_round)
+                else:
+                    records = run_condition(condition, scenarios, policy, lab.wording, settings, path, on_round)
+                mode = {"evolve.mode": condition.mode}
                 summaries.append(
-                    analysis.summarise(condition.name, name, condition.control, setting, records, settings.seed)
+                    analysis.summarise(condition.name, name, condition.control, setting | mode, records, settings.seed)
                 )
-    write_json(workdir / "results.json", {"schema": 1, "testbed": settings.testbed, "conditions": summaries})
+            if settings.evolve.probe:
+                from atp_jax.probe import probe
+
+                probed += probe(settings, name, worn.model, worn.sampling, worn.wording, scenarios)
+    results = {"schema": 1, "testbed": settings.testbed, "conditions": summaries}
+    write_json(workdir / "results.json", results | ({"probe": probed} if probed else {}))
 
 
 def _in_force(lab: Lab) -> dict:
@@ -203,7 +226,7 @@ def _check_scenarios(settings: Settings, lab: Lab) -> None:
     for note in (*warnings(scenarios), *check(scenarios, settings.evolve.supervision, lab.wording, settings.parity)):
         print("note:", note)
     if lab.model is None:
-        make_policy(settings, lab, "scripted", Path(), len(scenarios) * settings.evolve.samples)
+        make_policy(settings, lab, len(scenarios) * settings.evolve.samples)
 
 
 def _align(stage: str, settings: Settings, workdir: Path, lab: Lab) -> None:

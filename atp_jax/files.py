@@ -40,6 +40,25 @@ def append(path: Path, records: Sequence[dict]) -> None:
         os.fsync(file.fileno())
 
 
+def write_lines(path: Path, records: Sequence[dict]) -> None:
+    """One JSON line a record, as `append` writes them; the file as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    append(partial, records)
+    partial.replace(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines; none where there is no file. UserError where it cannot be read."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
 def size(path: Path) -> int:
     """Bytes in `path`, 0 where there is none."""
     return path.stat().st_size if path.exists() else 0

@@ -24,8 +24,8 @@ def describe(metrics: dict) -> str:
 
 def describe_training(line: dict) -> str:
     """One step of a training, or one look at the validation scenarios (a line of `metrics.jsonl`) in words."""
-    if "validation_rate" in line:
-        return f"{line['stage']}, step {line['step']}: validation: {line['validation_rate']:.1%} violate in round 1"
+    if "violation_rate" in line:
+        return f"{line['stage']}, step {line['step']}: validation: {line['violation_rate']:.1%} violate in round 1"
     shown = ("loss", "reward", "rewards/accuracies", "kl", "grad_norm", "batch_s", "update_s")
     values = (f"{name} {line[name]:.4g}" for name in shown if line.get(name) is not None)
     return f"{line['stage']}, step {line['step']}: " + ", ".join(values)

@@ -36,6 +36,7 @@ class Condition:
     name: str
     model: str
     control: str
+    mode: str = "context"  # where its experience goes: "context" or "weights"
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def train(
     seed: int,
     workdir: Path,
     identity: Mapping,
-    look: Callable[[object, object], float],
+    look: Callable[[int, object, object], float],
     say: Callable[[dict], None],
 ) -> Stopped:
     """Trains a model by `method` until its last step, or until `look` finds what `target` asks for.
@@ -72,7 +72,8 @@ def train(
     What is trained: the adapter that the model wears, a fresh one where it wears none, or with `lora.rank` 0 its own
     weights. The reference is always the model as it was given.
 
-    look: (params, lora) -> first-round violation rate on the validation scenarios. say: shows a line of metrics.
+    look: (step, params, lora) -> a rate of violations; alignment looks at first rounds of the validation scenarios.
+    say: shows a line of metrics.
     Writes `metrics.jsonl` and `checkpoints/<name>` in the workdir. Raises Interrupted after saving where SIGTERM came,
     UserError where `max_bad_steps` in a row were not finite, or the checkpoint belongs to another configuration.
     """
@@ -114,8 +115,8 @@ def train(
             params, lora = join(state.trainable, frozen)
             due = step % settings.check_every == 0 or step == method.steps
             if due and (not looks or looks[-1][0] < step):
-                looks.append([step, look(params, lora)])
-                line = {"stage": method.name, "step": step, "validation_rate": looks[-1][1]}
+                looks.append([step, look(step, params, lora)])
+                line = {"stage": method.name, "step": step, "violation_rate": looks[-1][1]}
                 append(metrics_file, [line])
                 say(line)
             reached = looks and settings.target is not None and looks[-1][1] <= settings.target

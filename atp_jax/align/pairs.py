@@ -15,7 +15,7 @@ from atp_jax.chat import Chat
 from atp_jax.decisions import read_decision
 from atp_jax.envs import role_play as env
 from atp_jax.errors import UserError
-from atp_jax.files import append
+from atp_jax.files import write_lines
 from atp_jax.policies.types import Policy, Request
 from atp_jax.rollout import AGENT
 from atp_jax.scenarios import role_play as words
@@ -89,9 +89,7 @@ def collect(
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """One JSON line a pair: `prompt` (messages), `chosen`, `rejected`, their ids, token counts; whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    append(partial, [
+    write_lines(path, [
         {
             "prompt": list(pair.messages), "chosen": pair.chosen, "rejected": pair.rejected,
             "chosen_ids": list(pair.chosen_tokens), "rejected_ids": list(pair.rejected_tokens),
@@ -99,7 +97,6 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
         }
         for pair in pairs
     ])  # fmt: skip
-    partial.replace(path)
 
 
 def read_pairs(source: str | Path) -> list[Pair]:
