@@ -106,6 +106,8 @@ def parse(arguments: Sequence[str]) -> tuple[settings.Settings, Path]:
     except flags.Error as error:
         raise UserError(str(error)) from error
     if flag_values.stages is not None:
+        if not any(flag_values.stages):
+            raise UserError("--stages is empty: nothing would be done")
         chosen = dataclasses.replace(chosen, stages=tuple(flag_values.stages))
     return settings.check_settings(chosen), Path(flag_values.workdir)
 

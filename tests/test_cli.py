@@ -132,7 +132,7 @@ def test_importing_the_package_imports_nothing_heavy():
         (["--config=configs/role_play.py", "--workdir=W", "--config.data.items=(3,"], "config.data.items"),
         (["--config=configs/role_play.py", "--workdir=W", "--config.data.items=x"], "data.items"),
         (["--config=configs/role_play.py", "--workdir=W", "--config.testbed=tool_use"], "tool_use is not there yet"),
-        (["--config=configs/role_play.py", "--workdir=W", "--stages=dpo,evolve"], "dpo is not there yet"),
+        (["--config=configs/role_play.py", "--workdir=W", "--stages=dpo,evolve"], "run the stage pairs first"),
         (["--config=configs/role_play.py", "--workdir=W", "--stages="], "stages"),
         (["--config=configs/role_play.py", "--workdir=W", "--stage=evolve"], "stage"),
         (["--config=configs/role_play.py", "--workdir=W", "evolve"], "'evolve' means nothing here"),

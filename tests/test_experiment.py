@@ -5,7 +5,7 @@ import json
 import pytest
 import small_run
 
-from atp_jax import experiment
+from atp_jax import lab
 from atp_jax.__main__ import main
 from atp_jax.generate.sampling import Sampling
 from atp_jax.settings import SamplingSettings
@@ -125,4 +125,4 @@ GENERATION = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True,
     ],
 )
 def test_sampling_in_force(settings, generation, expected):
-    assert experiment.sampling_in_force(SamplingSettings(**settings), generation) == Sampling(*expected)
+    assert lab.sampling_in_force(SamplingSettings(**settings), generation) == Sampling(*expected)

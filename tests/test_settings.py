@@ -30,13 +30,17 @@ def values(kind):
     return st.none() | simple[arguments[0]]
 
 
+RUN = ("evolve", "report")
+
+
 @given(values(s.Settings))
 def test_settings_survive_the_config_dict(settings):
     assert s.read_settings(s.to_config(settings)) == settings
 
 
 def test_the_defaults_are_good_settings():
-    assert s.check_settings(s.read_settings(s.default_config())) == s.Settings()
+    checked = s.check_settings(s.read_settings(s.default_config()))
+    assert checked == dataclasses.replace(s.Settings(), stages=("evolve", "report"))
     assert s.read_settings(ConfigDict()) == s.Settings()
 
 
@@ -100,11 +104,11 @@ def test_a_value_of_the_wrong_type_is_named(name, value):
 
 
 def changed(name: str, value) -> s.Settings:
-    *group, last = name.split(".")
-    if not group:
-        return dataclasses.replace(s.Settings(), **{last: value})
-    inner = dataclasses.replace(getattr(s.Settings(), group[0]), **{last: value})
-    return dataclasses.replace(s.Settings(), **{group[0]: inner})
+    def within(settings, path):
+        first, *rest = path
+        return dataclasses.replace(settings, **{first: within(getattr(settings, first), rest) if rest else value})
+
+    return within(s.Settings(), name.split("."))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +121,6 @@ def changed(name: str, value) -> s.Settings:
         ("seed", 2**31),
         ("parity", "exact"),
         ("parity", "upstream"),  # without a wording pack
-        ("stages", ()),
-        ("stages", ("evolve", "dpo")),
         ("stages", ("evolv",)),
         ("data.items", (0, -1)),
         ("data.items", (3, 3)),
@@ -140,6 +142,36 @@ def changed(name: str, value) -> s.Settings:
         ("evolve.controls", ()),
         ("evolve.controls", ("none", "none")),
         ("evolve.controls", ("no_hope",)),
+        ("evolve.mode", "body"),
+        ("evolve.models", ("base", "ppo")),
+        ("evolve.models", ("base", "base")),
+        ("evolve.probe", (1, -1)),
+        ("evolve.weights.updates", 0),
+        ("evolve.weights.group", 1),
+        ("evolve.weights.kl", -0.1),
+        ("evolve.weights.learning_rate", 0.0),
+        ("align.method", "ppo"),
+        ("align.target", 1.1),
+        ("align.check_every", 0),
+        ("align.rows", 3),
+        ("align.max_grad_norm", -1.0),
+        ("align.train", ("layers",)),  # with an adapter
+        ("align.lora.rank", -1),
+        ("align.lora.alpha", 0.0),
+        ("align.lora.targets", ()),
+        ("align.lora.targets", ("head",)),
+        ("align.pairs.tries", 0),
+        ("align.dpo.loss", "kto"),
+        ("align.dpo.beta", 0.0),
+        ("align.dpo.smoothing", 0.5),
+        ("align.dpo.schedule", "step"),
+        ("align.dpo.warmup", 1.5),
+        ("align.grpo.group", 1),
+        ("align.grpo.rewards", (1.0, 0.0)),
+        ("align.grpo.aggregation", "mean"),
+        ("align.grpo.keep", 0.0),
+        ("align.grpo.cap", 0.0),
+        ("align.grpo.iterations", 3),  # does not divide align.save_every
         ("mesh.data", 0),
         ("mesh.tensor", -2),
         ("mesh.fsdp", -1),  # mesh.data is -1 already
@@ -158,8 +190,16 @@ def test_a_value_out_of_range_is_named(name, value):
      ("sampling.top_p", 1.0), ("sampling.top_k", 0), ("data.items", (5, 3)), ("mesh.data", 4)],
 )  # fmt: skip
 def test_the_ends_of_the_ranges_are_good(name, value):
-    assert s.check_settings(changed(name, value)) == changed(name, value)
+    assert s.check_settings(changed(name, value)) == dataclasses.replace(changed(name, value), stages=RUN)
 
 
 def test_stages_run_in_their_order():
-    assert s.check_settings(changed("stages", ("report", "evolve"))).stages == ("evolve", "report")
+    assert s.check_settings(changed("stages", ("report", "evolve"))).stages == RUN
+
+
+@pytest.mark.parametrize(
+    ("method", "before"),
+    [("none", ()), ("dpo", ("pairs", "dpo")), ("grpo", ("grpo",)), ("dpo+grpo", ("pairs", "dpo", "grpo"))],
+)
+def test_without_stages_the_method_says_which(method, before):
+    assert s.check_settings(changed("align.method", method)).stages == before + RUN
