@@ -4,6 +4,7 @@ The loss of a micro-batch is a *sum* whose weights already hold the one denomina
 (align/losses.py:token_weights), so nothing is divided here, and how the batch is cut up cannot change the step.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 
 from atp_jax.errors import UserError
 
@@ -42,12 +44,13 @@ def learning_rates(learning_rate: float, schedule: str, steps: int, warmup: floa
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, rising), after], [rising])
 
 
-class Optimiser(struct.PyTreeNode):
+@dataclasses.dataclass(frozen=True)
+class Optimiser:
     """AdamW behind a clip of the gradient's global norm, and the schedule it follows."""
 
-    transform: optax.GradientTransformation = struct.field(pytree_node=False)
-    schedule: optax.Schedule = struct.field(pytree_node=False)
-    max_grad_norm: float = struct.field(pytree_node=False)
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+    max_grad_norm: float
 
 
 def make_optimiser(
@@ -67,18 +70,25 @@ def make_optimiser(
 
 
 def init_state(trainable: Any, optimiser: Optimiser) -> TrainState:
-    """The state before the first update. `trainable` is donated by it: keep no other use of its arrays."""
+    """The state before the first update. `trainable` is donated by it: keep no other use of its arrays.
+
+    The optimiser's moments lie as what they belong to, scalars on every device of its mesh.
+    """
+    home = jax.tree.leaves(trainable)[0].sharding
+    everywhere = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
     zero = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three arrays: one cannot be donated thrice
-    return TrainState(trainable, optimiser.transform.init(trainable), *zero)
+    state = TrainState(trainable, optimiser.transform.init(trainable), *zero)
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
 
 
 def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
-    """The jitted update (state, fixed, batch) -> (state, metrics, outputs); the state is donated.
+    """The jitted update (state, fixed, batch) -> (state, metrics, outputs); the state is donated and stays where it lies.
 
     batch: a pytree of [M, rows, ...], M micro-batches. loss: (trainable, fixed, micro) -> (the sum of weighted losses
-    of a micro-batch, (dict of sums, dict of arrays a row [rows, ...])). metrics: float32 scalars: loss and the sums
-    over the whole batch, grad_norm before and grad_norm_clipped after clipping, learning_rate, skipped, bad. outputs:
-    the arrays a row, [M, rows, ...]. A step whose loss or gradient is not finite changes nothing but the counters.
+    of a micro-batch, (dict of sums, dict of arrays a row [rows, ...])). metrics: scalars: loss and the sums over the
+    whole batch, grad_norm as computed and grad_norm_clipped as applied (0 where skipped), learning_rate, skipped, bad.
+    outputs: the arrays a row, [M, rows, ...]. A step whose loss or gradient is not finite changes nothing but the
+    counters.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -109,12 +119,23 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
         skipped = state.skipped + ~good
         rate = optimiser.schedule(state.step - state.skipped)
         metrics = {
-            "loss": value, "grad_norm": norm, "grad_norm_clipped": norm * scale, "learning_rate": rate,
+            "loss": value, "grad_norm": norm, "grad_norm_clipped": optax.global_norm(gradient), "learning_rate": rate,
             "skipped": skipped, "bad": bad, **sums,
         }  # fmt: skip
         return TrainState(trainable, kept, state.step + 1, bad, skipped), metrics, outputs
 
-    return jax.jit(update, donate_argnums=0)
+    compiled = None
+
+    def call(state: TrainState, fixed, batch):
+        # Left to itself the compiler lays the new state out anew: the second update would be another program, with
+        # other roundings than the first one of a run that was resumed, and slices of `fsdp` would become whole.
+        nonlocal compiled
+        if compiled is None:
+            lies = jax.tree.map(lambda x: x.sharding, state)
+            compiled = jax.jit(update, donate_argnums=0, out_shardings=(lies, None, None))
+        return compiled(state, fixed, batch)
+
+    return call
 
 
 def check_bad(state: TrainState, most: int) -> None:
