@@ -5,9 +5,11 @@ A model is asked the same question under two steering messages, one for each dec
 answer that without being steered (context distillation).
 """
 
+import csv
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from atp_jax.decisions import read_decision
 from atp_jax.envs import role_play as env
 from atp_jax.errors import UserError
 from atp_jax.files import write_lines
-from atp_jax.policies.types import Policy, Request
+from atp_jax.policies.types import Answer, Policy, Request
 from atp_jax.rollout import AGENT
 from atp_jax.scenarios import role_play as words
 from atp_jax.scenarios.pack import Scenario
@@ -24,17 +26,23 @@ from atp_jax.scenarios.wording import steer
 
 WANTED = ("comply", "violate")
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A question and two answers to it; token ids where the answers were sampled here, else empty."""
+    """A question and two answers to it.
+
+    chosen_tokens, rejected_tokens: the ids that were sampled (stop token included), empty where nothing was. scenario:
+    the row of the scenario file that the question is of, None for pairs of the user's.
+    """
 
     messages: tuple[dict, ...]
     chosen: str
     rejected: str
     chosen_tokens: tuple[int, ...] = ()
     rejected_tokens: tuple[int, ...] = ()
+    scenario: int | None = None
 
 
 def collect(
@@ -51,46 +59,65 @@ def collect(
     """`samples` pairs a scenario: the chosen answer complies, the rejected one violates.
 
     Each half is asked for at most `tries` times, with fresh randomness: try t of half h is round 1 + 2 t + h of episode
-    (scenario x samples + sample) in `condition`, so that an answer does not depend on what else is asked. All that is
-    still open is asked together. -> the pairs, and how many answers were of no use, by what they decided.
+    (row of the scenario x samples + sample) in `condition` (1000 and above, so that no episode that evolves shares it).
+    An answer therefore does not depend on what else is asked, and all that is still open is asked together.
+
+    A model that decides as asked with probability p gives its half with probability 1 - (1 - p)^tries. One that breaks
+    the rule in 35% of its answers and cannot be steered gives 23% of the pairs with 1 try, 51% with 2, 69% with 3, 88%
+    with 5, 97% with 8.
+
+    steered: with the wording's steering message as one more user message after the question, unless it is empty.
+    Returns the pairs in the order of the scenarios, and a report whose counts add up: pairs wanted = found + dropped
+    (`without_comply` and `without_violate` say which half was never given); answers asked = used + other_decision +
+    unparsed + cut_off (those that did not come to an end, whatever they decide). UserError for a scenario without the
+    text that its question says.
     """
     pattern = "all_unsupervised"  # whose question says the neutral text
-    places = [scenario for scenario in scenarios for _ in range(samples)]
+    places = [(scenario, sample) for scenario in scenarios for sample in range(samples)]
     bare = []
-    for scenario in places:
+    for scenario, _ in places:
         question = words.question(scenario, env.UNSUPERVISED, pattern, wording, parity)
         bare.append(words.messages(scenario, question, (), None, parity))
-    found: dict[tuple[int, str], object] = {}
-    told = {"asked": 0, "other_decision": 0, "unparsed": 0}
+    steering = {want: steer(wording, want) if steered else "" for want in WANTED}
+    found: dict[tuple[int, str], Answer] = {}
+    told = {"asked": 0, "used": 0, "other_decision": 0, "unparsed": 0, "cut_off": 0}
     for attempt in range(tries):
-        open_ones = [(place, want) for place in range(len(places)) for want in WANTED if (place, want) not in found]
-        if not open_ones:
+        still_open = [(place, want) for place in range(len(places)) for want in WANTED if (place, want) not in found]
+        if not still_open:
             break
         requests = []
-        for place, want in open_ones:
-            said = steer(wording, want) if steered else ""
-            extra = [{"role": "user", "content": said}] if said else []
+        for place, want in still_open:
+            scenario, sample = places[place]
+            extra = [{"role": "user", "content": steering[want]}] if steering[want] else []
             number = 1 + 2 * attempt + WANTED.index(want)
-            requests.append(Request(condition, place, AGENT, number, [*bare[place], *extra]))
-        for (place, want), answer in zip(open_ones, policy.answer(requests), strict=True):
-            told["asked"] += 1
-            decision = read_decision(answer.text, places[place].comply, places[place].violate, parity)
-            if decision == want and answer.finish == "stop":
+            episode = scenario.row * samples + sample
+            requests.append(Request(condition, episode, AGENT, number, [*bare[place], *extra]))
+        told["asked"] += len(requests)
+        for (place, want), answer in zip(still_open, policy.answer(requests), strict=True):
+            scenario, _ = places[place]
+            decision = read_decision(answer.text, scenario.comply, scenario.violate, parity)
+            if answer.finish != "stop":
+                told["cut_off"] += 1
+            elif decision == want:
+                told["used"] += 1
                 found[place, want] = answer
             else:
                 told["unparsed" if decision == "unparsed" else "other_decision"] += 1
     pairs = []
-    for place, messages in enumerate(bare):
-        chosen, rejected = found.get((place, "comply")), found.get((place, "violate"))
-        if chosen and rejected:
-            pairs.append(Pair(tuple(messages), chosen.text, rejected.text, chosen.tokens, rejected.tokens))
-    return pairs, told | {"dropped": len(places) - len(pairs)}
+    for place, (scenario, _) in enumerate(places):
+        good, bad = (found.get((place, want)) for want in WANTED)
+        if good and bad:
+            pairs.append(Pair(tuple(bare[place]), good.text, bad.text, good.tokens, bad.tokens, scenario.row))
+    told |= {f"without_{want}": sum((place, want) not in found for place in range(len(places))) for want in WANTED}
+    return pairs, told | {"wanted": len(places), "dropped": len(places) - len(pairs)}
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """One JSON line a pair: `prompt` (messages), `chosen`, `rejected`, their ids, token counts; whole or not at all."""
+    """One JSON line a pair: `scenario`, `prompt` (messages), `chosen`, `rejected`, their ids and how many these are (0
+    where nothing was sampled); the file as a whole or not at all."""
     write_lines(path, [
         {
+            "scenario": pair.scenario,
             "prompt": list(pair.messages), "chosen": pair.chosen, "rejected": pair.rejected,
             "chosen_ids": list(pair.chosen_tokens), "rejected_ids": list(pair.rejected_tokens),
             "chosen_tokens": len(pair.chosen_tokens), "rejected_tokens": len(pair.rejected_tokens),
@@ -103,8 +130,11 @@ def read_pairs(source: str | Path) -> list[Pair]:
     """Pairs of a file (.json, .jsonl, .parquet, .csv) or of a hub data set's split `train`, through `datasets`.
 
     A row has `chosen` and `rejected`, texts or message lists of which the last is the answer, and `prompt`, a text or
-    messages, or in the alpaca style `instruction` with optional `input` and `system`. Without a prompt, `chosen` and
-    `rejected` are whole conversations that begin alike. UserError names the row (from 0) and the key at fault.
+    messages, or in the alpaca style `instruction` and maybe `input` below it. Without a prompt, `chosen` and `rejected`
+    are whole conversations that begin alike. `system`, where a row has one, comes before a prompt that has none of its
+    own. What `write_pairs` wrote comes back as it was.
+
+    UserError names the row (from 0) and the key at fault; the network is asked only for what has the form of a hub id.
     """
     rows = _rows(str(source))
     if not rows:
@@ -112,68 +142,102 @@ def read_pairs(source: str | Path) -> list[Pair]:
     return [_pair(f"{source}: row {number} (from 0)", row) for number, row in enumerate(rows)]
 
 
-def _rows(source: str) -> list[dict]:
+def _rows(source: str) -> list:
     path = Path(source).expanduser()
-    if path.suffix in (".json", ".jsonl") and path.is_file():
+    is_hub_id = not path.exists() and path.suffix not in READERS and HUB_ID.fullmatch(source)
+    if not is_hub_id and not path.is_file():
+        raise UserError(f"{source}: there is no such file of preferences (nor is it a hub id, organisation/name)")
+    if not is_hub_id and path.suffix not in READERS:
+        raise UserError(f"{source}: preferences are read from {', '.join(READERS)}, not {path.suffix!r}")
+    if path.suffix in (".json", ".jsonl"):
         return _json_rows(path)
     import datasets  # takes a second to import
 
     datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            if path.suffix not in READERS:
-                raise UserError(f"{source}: preferences are read from {', '.join(READERS)}, not {path.suffix!r}")
-            loaded = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and not path.exists():
-            loaded = datasets.load_dataset(source, split="train")
-        else:
-            raise UserError(f"there is no file {source}, nor is it a hub id of the form organisation/name")
-        return [dict(row) for row in loaded]
-    except UserError:
-        raise
+        if is_hub_id:
+            return list(datasets.load_dataset(source, split="train"))
+        options = {}
+        if path.suffix == ".csv":  # all is text, "7" and "NA" too
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                names = next(csv.reader(file), [])
+            options = {"features": datasets.Features({name: datasets.Value("string") for name in names})}
+            options |= {"keep_default_na": False, "encoding": "utf-8-sig"}
+        with tempfile.TemporaryDirectory() as cache:  # else a copy of every file read would be kept
+            kind = READERS[path.suffix]
+            return list(datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache, **options))
     except Exception as error:  # whatever the readers of these formats raise
-        reason = str(error).strip().partition(chr(10))[0]
-        raise UserError(f"{source}: cannot be read as preferences: {reason}") from error
+        reason = str(error.__cause__ or error).strip().partition(chr(10))[0]
+        what = "no such file here, and as a hub data set it" if is_hub_id else "it"
+        raise UserError(f"{source}: {what} cannot be read as preferences: {reason}") from error
 
 
-def _json_rows(path: Path) -> list[dict]:
+def _json_rows(path: Path) -> list:
     """JSON by the standard library: a line that is wrong can be named, and mixed types within a key are no error."""
-    text = path.read_text(encoding="utf-8")
     try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as preferences: {error}") from error
+    whole = text.lstrip().startswith("[")
+    rows = []
+    # Not splitlines: other separators than a newline may stand in a text.
+    for number, part in enumerate([text] if whole else text.split("\n")):
+        try:
+            if whole:
+                rows = json.loads(part)
+            elif part.strip():
+                rows.append(json.loads(part))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number + error.lineno}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{path}: not JSON that can be read") from error
+    return rows
 
 
 def _pair(where: str, row: object) -> Pair:
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: not an object")
+        raise UserError(f"{where}: not an object with the keys prompt, chosen and rejected")
     for key in ("chosen", "rejected"):
         if not row.get(key):
-            raise UserError(f"{where}: no {key!r}")
-    chosen, rejected = (_conversation(where, key, row[key]) for key in ("chosen", "rejected"))
+            raise UserError(f"{where}: key {key!r} is missing or empty")
+    (before, chosen), (other, rejected) = (_conversation(where, key, row[key]) for key in ("chosen", "rejected"))
     if row.get("prompt"):
         prompt = _messages(where, "prompt", row["prompt"])
     elif row.get("instruction"):
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-        prompt = [*system, {"role": "user", "content": asked}]
+        asked = [_text(where, key, row[key]) for key in ("instruction", "input") if row.get(key)]
+        prompt = [{"role": "user", "content": "\n".join(asked)}]
+    elif before and before == other:
+        prompt = before
     else:
-        prompt = chosen[0]
-        if not prompt or prompt != rejected[0]:
-            raise UserError(f"{where}: no 'prompt' (or 'instruction'), and chosen and rejected do not begin alike")
-    if chosen[1] == rejected[1]:
+        raise UserError(f"{where}: key 'prompt' (or 'instruction') is missing, and chosen and rejected begin not alike")
+    if row.get("system") and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": _text(where, "system", row["system"])}, *prompt]
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: 'prompt' ends with a message of the assistant: there is nothing to answer")
+    if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are identical")
-    ids = (tuple(row.get(key) or ()) for key in ("chosen_ids", "rejected_ids"))
-    return Pair(tuple(prompt), chosen[1], rejected[1], *ids)
+    ids = (_ids(where, key, row.get(key)) for key in ("chosen_ids", "rejected_ids"))
+    scenario = row.get("scenario")
+    return Pair(tuple(prompt), chosen, rejected, *ids, scenario if isinstance(scenario, int) else None)
+
+
+def _text(where: str, key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is not a text")
+    return value
+
+
+def _ids(where: str, key: str, value: object) -> tuple[int, ...]:
+    ids = value or []
+    if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
+        raise UserError(f"{where}: {key!r} must be a list of token ids")
+    return tuple(ids)
 
 
 def _messages(where: str, key: str, value: object) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, Sequence) or not value or not all(
+    if not isinstance(value, list) or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     ):
         raise UserError(f"{where}: {key!r} must be a text or a list of messages with role and content")
@@ -191,22 +255,44 @@ def _conversation(where: str, key: str, value: object) -> tuple[list[dict], str]
 
 
 def tokenise(pairs: Sequence[Pair], chat: Chat, stop: int, max_prompt: int, max_length: int) -> list[dict]:
-    """`{"prompt", "chosen", "rejected"}` as token ids, each answer ended by the id `stop`.
+    """`{"prompt", "chosen", "rejected"}` as token ids; the prompt is what `chat` shows to a model that is asked.
 
-    Of a prompt the last `max_prompt` tokens stay, of an answer what then fits in `max_length`. Ids that were sampled
-    are taken as they are. UserError where nothing of a prompt or of an answer is left, or what is left is the same.
+    An answer is the ids that were sampled, if they are of its text in this tokenizer, and else its text (pairs of
+    another model's, a text that was edited); its last id is what the chat template ends answers with, or `stop` where
+    that is no special token. Of a prompt the last `max_prompt` tokens stay, of an answer the first that then fit in
+    `max_length`. UserError where nothing of a prompt or of an answer is left, or what is left of both is the same.
     """
+    end = _end_of_turn(chat, stop)
     rows = []
     for number, pair in enumerate(pairs):
-        prompt = chat.encode(list(pair.messages))[-max_prompt:]
+        prompt = chat.encode(list(pair.messages))
+        prompt = prompt[max(0, len(prompt) - max_prompt) :]
         room = max_length - len(prompt)
         if not prompt or room < 1:
-            raise UserError(f"pair {number}: {len(prompt)} tokens of prompt leave no room to answer in {max_length}")
+            raise UserError(
+                f"pair {number} (from 0): {len(prompt)} tokens of prompt (max_prompt={max_prompt}) leave no room for a "
+                f"question and an answer within max_length={max_length}"
+            )
         answers = []
         for text, ids in ((pair.chosen, pair.chosen_tokens), (pair.rejected, pair.rejected_tokens)):
-            ids = list(ids) or [*chat.answer(text), stop]
-            answers.append(ids[:room])
-        if not all(answers) or answers[0] == answers[1]:
-            raise UserError(f"pair {number}: within max_length={max_length} chosen and rejected are the same or empty")
+            sampled = bool(ids) and chat.decode(ids) == text
+            answers.append((list(ids) if sampled else [*chat.answer(text), end])[:room])
+        if answers[0] == answers[1]:
+            raise UserError(f"pair {number} (from 0): within max_length={max_length} chosen and rejected are the same")
         rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
     return rows
+
+
+def _end_of_turn(chat: Chat, stop: int) -> int:
+    """The special token that the template writes after an answer; `stop` where it writes none.
+
+    Not simply the first of a model's stop ids: Llama 3.1's is <|end_of_text|>, its answers end with <|eot_id|>.
+    """
+    asked = {"role": "user", "content": "a"}
+    one, other = (chat.encode([asked, {"role": "assistant", "content": said}, asked]) for said in ("a", "b"))
+    same = 0  # tokens after the answer
+    for x, y in zip(reversed(one), reversed(other), strict=False):
+        if x != y:
+            break
+        same += 1
+    return one[-same] if same and chat.decode([one[-same]]) == "" else stop
