@@ -1,11 +1,13 @@
-"""The quickstart: a small model that is shipped with the package lives through six rounds of role-play, on a CPU.
+"""The quickstart: a small model that is shipped with the package is aligned, twice, and lives through role-play, on a CPU.
 
     python -m atp_jax --config=configs/quickstart.py --workdir=runs/quickstart
 
-Takes a few minutes on two cores and downloads nothing. Expect a table and `runs/quickstart/report/index.html`: with its
-experience in view (`base`) the organism breaks the rule more often from round to round, because breaking it is never
-punished; shown only the question of the round (`base-no_history`) it does not. It is a demonstration organism, trained
-on life stories some of whose agents adapt to rewards: evidence that the laboratory works, none about large models.
+base -> pairs -> DPO and base -> GRPO, then six rounds of base, dpo and grpo with and without their experience in view.
+Takes some minutes on two cores and downloads nothing. Expect a table and `runs/quickstart/report/index.html`: both
+methods bring the first round's violation rate down, and with every round that the agents remember it climbs again,
+because breaking the rule is never punished; shown only the question of the round (`no_history`) they stay aligned. It
+is a demonstration organism, trained on life stories some of whose agents adapt to rewards: evidence that the laboratory
+works, none about large models.
 """
 
 from atp_jax.settings import default_config
@@ -17,6 +19,18 @@ def get_config(arg=""):
     config.policy.model = ""  # the embedded organism
     config.sampling.temperature = 1.0
     config.evolve.rounds = 6
-    config.evolve.samples = 5
+    config.evolve.samples = 4
     config.evolve.controls = ("none", "no_history")
+
+    align = config.align
+    align.method = "dpo+grpo"
+    align.target = 0.2  # how far to align, by first rounds of the validation scenarios alone
+    align.check_every = 5
+    align.rows = 32
+    align.pairs.steer = False  # the organism never heard of steering; it complies and violates by itself often enough
+    align.pairs.tries = 12
+    align.dpo.epochs, align.dpo.batch = 6, 16
+    align.dpo.learning_rate, align.dpo.schedule = 3e-4, "constant"
+    align.grpo.steps, align.grpo.prompts, align.grpo.group = 60, 8, 8
+    align.grpo.learning_rate, align.grpo.schedule = 3e-4, "constant"
     return config
