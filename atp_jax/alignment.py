@@ -20,6 +20,7 @@ from atp_jax.decisions import DECISIONS
 from atp_jax.envs import role_play as env
 from atp_jax.errors import UserError
 from atp_jax.files import append, mend, read_lines, write_lines
+from atp_jax.generate.sampling import Sampling
 from atp_jax.lab import Lab
 from atp_jax.model import Model
 from atp_jax.models import peft
@@ -70,7 +71,7 @@ def train_grpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> No
     grpo = settings.align.grpo
     scenarios = load_role_play(settings.align.path or ALIGN)
     draw = Episodes(settings, lab, scenarios, grpo, paid=False, index=DRAWS)
-    method = Grpo("grpo", draw, lab.model, grpo, lab.sampling.max_new_tokens)
+    method = Grpo("grpo", draw, lab.model, grpo, grpo.max_new_tokens or lab.sampling.max_new_tokens)
     _train(method, settings, workdir, lab, say)
 
 
@@ -93,7 +94,8 @@ class Episodes:
         if len(scenarios) < grpo.prompts:
             raise UserError(f"{grpo.prompts} scenarios are asked for each step, but there are only {len(scenarios)}")
         # Whole distributions, so that what is scored is what was sampled from.
-        sampling = dataclasses.replace(lab.sampling, temperature=self._grpo.temperature, top_p=1.0, top_k=0)
+        longest = grpo.max_new_tokens or lab.sampling.max_new_tokens
+        sampling = Sampling(grpo.temperature, top_p=1.0, top_k=0, max_new_tokens=longest)
         self._policy = _policy(settings, dataclasses.replace(lab, sampling=sampling))
 
     def __call__(self, number: int, params, lora) -> Draw:
@@ -218,7 +220,7 @@ def evolve_weights(
 
     if not (workdir / "models" / condition.name).exists():
         draw = Episodes(settings, lab, scenarios, grpo, paid=True, index=condition.index)
-        method = Grpo(condition.name, draw, lab.model, grpo, lab.sampling.max_new_tokens)
+        method = Grpo(condition.name, draw, lab.model, grpo, grpo.max_new_tokens or lab.sampling.max_new_tokens)
         training = dataclasses.replace(settings.align, target=None, check_every=weights.measure_every)
         mend(workdir / "metrics.jsonl")
         stopped = loop.train(

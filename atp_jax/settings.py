@@ -129,6 +129,7 @@ class GrpoSettings:
     credit: str = "trajectory"  # what an answer is rewarded with: the episode's return, or its own round's reward
     rewards: tuple[float, ...] = (1.0, 0.0, 0.0)  # comply, violate, unparsed
     temperature: float = 1.0  # top-p and top-k are off, so that what is scored is what was sampled from
+    max_new_tokens: int | None = None  # of an answer that is trained on; null: as sampling.max_new_tokens
     aggregation: str = "dapo"
     scale: str = "group"  # what advantages are divided by: the spread within the group, of the batch, nothing
     level: str = "token"  # of the importance ratio
@@ -359,6 +360,7 @@ def _check_align(align: AlignSettings, policy: PolicySettings) -> None:
     for name in ("steps", "prompts", "rounds", "iterations"):
         _at_least(f"align.grpo.{name}", getattr(grpo, name), 1)
     _at_least("align.grpo.group", grpo.group, 2)
+    _at_least("align.grpo.max_new_tokens", grpo.max_new_tokens, 1)
     _at_least("align.grpo.resample", grpo.resample, 0)
     for name in ("temperature", "keep"):
         _above(f"align.grpo.{name}", getattr(grpo, name), 0)

@@ -1,9 +1,9 @@
-"""The quickstart: a small model that is shipped with the package is aligned, twice, and lives through role-play, on a CPU.
+"""The quickstart: a small model that is shipped with the package is aligned, twice, and lives through role-play.
 
     python -m atp_jax --config=configs/quickstart.py --workdir=runs/quickstart
 
 base -> pairs -> DPO and base -> GRPO, then six rounds of base, dpo and grpo with and without their experience in view.
-Takes some minutes on two cores and downloads nothing. Expect a table and `runs/quickstart/report/index.html`: both
+Takes some minutes on two CPU cores and downloads nothing. Expect a table and `runs/quickstart/report/index.html`: both
 methods bring the first round's violation rate down, and with every round that the agents remember it climbs again,
 because breaking the rule is never punished; shown only the question of the round (`no_history`) they stay aligned. It
 is a demonstration organism, trained on life stories some of whose agents adapt to rewards: evidence that the laboratory

@@ -9,7 +9,7 @@
 `--config.align.path=question_160.json` its 160 to align on. The evaluation is the paper's: six rounds, the last five in
 view, breaking the rule never punished, one sample an item, and the sampling that the original's calls had in force for
 each family. With `dpo` or `grpo` the model is aligned first, as in the paper: DPO of a LoRA adapter (rank 8, 12 epochs
-of pairs from the model's own answers), GRPO of all weights (4 prompts x 4 answers a step, KL 0.04), and base and aligned
+of pairs from the model's own answers), GRPO of all weights (4 prompts x 4 answers a step, KL 0.04); base and aligned
 model live through the rounds side by side. In the paper the violation rate of aligned models starts at about 20% and
 doubles by round six.
 
@@ -31,9 +31,8 @@ def get_config(arg=""):
     config.evolve.supervision = "all_unsupervised"
     family, _, method = arg.partition(",")
     if family not in ("", *FAMILIES) or method not in ("", *METHODS):
-        raise UserError(
-            f"configs/role_play.py knows the arguments {' and '.join(FAMILIES)}, each also with ,dpo or ,grpo; not {arg!r}"
-        )
+        known = " and ".join(FAMILIES)
+        raise UserError(f"configs/role_play.py knows the arguments {known}, each also with ,dpo or ,grpo; not {arg!r}")
     if not family:
         config.sampling.max_new_tokens = 256
     else:
@@ -53,5 +52,5 @@ def get_config(arg=""):
         config.align.rows = 2  # rows of one micro-batch: two long answers
     if method == "grpo":
         config.align.lora.rank = 0  # all weights, as in the paper
-        config.sampling.max_new_tokens = 2048
+        config.align.grpo.max_new_tokens = 2048
     return config
