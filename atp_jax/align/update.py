@@ -82,7 +82,8 @@ def init_state(trainable: Any, optimiser: Optimiser) -> TrainState:
 
 
 def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
-    """The jitted update (state, fixed, batch) -> (state, metrics, outputs); the state is donated and stays where it lies.
+    """The jitted update (state, fixed, batch) -> (state, metrics, outputs). The state is donated, and the new one lies
+    on the mesh as it did.
 
     batch: a pytree of [M, rows, ...], M micro-batches. loss: (trainable, fixed, micro) -> (the sum of weighted losses
     of a micro-batch, (dict of sums, dict of arrays a row [rows, ...])). metrics: scalars: loss and the sums over the
