@@ -8,20 +8,28 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """A context in which SIGTERM and the first Ctrl-C only set `asked`; a second signal acts as it always does."""
+    """A context in which the first SIGTERM or Ctrl-C only sets `asked`, its name; a second one acts as it always does.
+
+    For the main thread, as everything that handles signals.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = ""
         self._before = {}
 
     def __enter__(self) -> "Interrupt":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, self._ask)
+            self._before[number] = signal.SIG_DFL if before is None else before  # None: not Python's
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore()
 
     def _ask(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(number, self._before[number])
+        self.asked = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
