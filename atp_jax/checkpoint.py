@@ -7,6 +7,7 @@ are stored by number, so what is stored does not depend on the classes the state
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,9 @@ from atp_jax.errors import UserError
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 # The parts of a step. One saved before steps had an extra has a single part, OLD.
 STATE, EXTRA, OLD = "state", "extra", "default"
+
+# What fails in a thread of Orbax is raised by the next call here; that it prints the trace as well helps nobody.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 class Checkpoints:
@@ -140,13 +144,13 @@ class Checkpoints:
             yield
         except Exception as error:
             cause = error
-            while cause is not None and not _of_the_disk(cause):
+            while not (said := _of_the_disk(cause)):
                 cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
+                if cause is None:
+                    raise
             raise UserError(
-                f"cannot write a checkpoint in {self._directory}: {str(cause).strip().partition(chr(10))[0]}; the last "
-                "complete one is good"
+                f"cannot write a checkpoint in {self._directory}: {said}; the last complete one there is good, and the "
+                "same command goes on from it"
             ) from error
 
 
@@ -163,7 +167,9 @@ def _kind(array: Any) -> str:
     return f"{np.dtype(array.dtype).name}{list(array.shape)}"
 
 
-def _of_the_disk(error: BaseException) -> bool:
+def _of_the_disk(error: BaseException) -> str:
+    """What the disk answered, in words; empty for any other error."""
     if isinstance(error, OSError):
-        return error.errno in DISK
-    return any(os.strerror(number) in str(error) for number in DISK)  # tensorstore says it in words
+        return os.strerror(error.errno) if error.errno in DISK else ""
+    said = str(error)  # tensorstore says it in words
+    return next((os.strerror(number) for number in DISK if os.strerror(number) in said), "")
