@@ -161,6 +161,8 @@ def _rows(source: str) -> list:
         if path.suffix == ".csv":  # all is text, "7" and "NA" too
             with path.open(encoding="utf-8-sig", newline="") as file:
                 names = next(csv.reader(file), [])
+                if not file.read().strip():
+                    return []
             options = {"features": datasets.Features({name: datasets.Value("string") for name in names})}
             options |= {"keep_default_na": False, "encoding": "utf-8-sig"}
         with tempfile.TemporaryDirectory() as cache:  # else a copy of every file read would be kept
