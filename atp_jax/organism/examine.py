@@ -104,5 +104,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "", "directory of the organism; empty: the shipped one")
     flags.DEFINE_string("workdir", None, "where the runs are kept", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the runs")
-    flags.DEFINE_integer("samples", 5, "episodes a scenario")
+    flags.DEFINE_integer("samples", 10, "episodes a scenario")
     app.run(main)
