@@ -72,13 +72,14 @@ def make_optimiser(
 def init_state(trainable: Any, optimiser: Optimiser) -> TrainState:
     """The state before the first update. `trainable` is donated by it: keep no other use of its arrays.
 
-    The optimiser's moments lie as what they belong to, scalars on every device of its mesh.
+    The optimiser's moments lie as what they belong to, scalars on every device of the mesh.
     """
     home = jax.tree.leaves(trainable)[0].sharding
     everywhere = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
     zero = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three arrays: one cannot be donated thrice
     state = TrainState(trainable, optimiser.transform.init(trainable), *zero)
-    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
+    # Committed to where it lies, as what an update returns: else the second update would be compiled again.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding if x.ndim else everywhere), state)
 
 
 def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
@@ -104,7 +105,7 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, sums, gradient))
         (value, sums, gradient), outputs = jax.lax.scan(add, nothing, batch)
 
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         scale = 1.0
         if optimiser.max_grad_norm:
@@ -120,7 +121,7 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
         skipped = state.skipped + ~good
         rate = optimiser.schedule(state.step - state.skipped)
         metrics = {
-            "loss": value, "grad_norm": norm, "grad_norm_clipped": optax.global_norm(gradient), "learning_rate": rate,
+            "loss": value, "grad_norm": norm, "grad_norm_clipped": optax.tree.norm(gradient), "learning_rate": rate,
             "skipped": skipped, "bad": bad, **sums,
         }  # fmt: skip
         return TrainState(trainable, kept, state.step + 1, bad, skipped), metrics, outputs
