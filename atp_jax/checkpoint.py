@@ -38,6 +38,11 @@ class Checkpoints:
 
     def __init__(self, directory: Path, identity: Mapping | None = None, keep: int = 2):
         self._directory = Path(directory).absolute()
+        if set("[\\") & set(str(self._directory)):
+            # Orbax takes it for a pattern, finds nothing to put together, and keeps steps that cannot be read.
+            raise UserError(
+                f"{self._directory} cannot hold checkpoints: no [ or \\ may be in its name; use another workdir"
+            )
         self._identity = json.loads(json.dumps(dict(identity or {})))  # as it comes back from a file
         kept = [
             checkpoint_managers.LatestN(keep),

@@ -153,6 +153,21 @@ def test_an_identity_of_tuples_is_the_one_it_was(tmp_path):
             checkpoints.save(step, {"x": jnp.zeros(1)}, {})
 
 
+@pytest.mark.parametrize("name", ["my runs", "ä'(1),{b}#%20", "what*?"])
+def test_unusual_names_of_directories_hold_checkpoints(tmp_path, name):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(1)}, {})
+    with Checkpoints(tmp_path / name) as checkpoints:
+        assert checkpoints.latest({"x": jnp.zeros(1)})[1]["x"] == 1
+
+
+@pytest.mark.parametrize("name", ["lr[0]", "a\\b"])
+def test_names_that_could_not_be_read_again_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="use another workdir"):
+        Checkpoints(tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_steps_of_the_old_form_are_read_and_replaced(tmp_path):
     """One unnamed part, arrays by number, no extra: what trainings saved that are still to be finished."""
     state = make_state(3)
