@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from atp_jax.align import losses
@@ -64,6 +64,13 @@ def test_equal_rewards_have_exactly_no_advantage(reward):
         assert not np.any(losses.advantages(jnp.full(12, reward, jnp.float32), group))
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_of_equal_rewards_beside_another_has_exactly_no_advantage(scale):
+    """0.1 four times has a mean in float32 that may differ from 0.1: other groups' deviation must not blow that up."""
+    found = np.asarray(losses.advantages(jnp.array([0.1, 0.1, 0.1, 1.0, 0.0, 0.1]), 3, scale))
+    assert not np.any(found[:3]) and np.all(found[3:])
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -81,6 +88,21 @@ def test_token_weights_are_what_they_say(seed):
     for kind, weights in (("dapo", dapo), ("grpo", grpo), ("dr_grpo", dr)):
         np.testing.assert_array_equal(losses.token_weights(*f32(mask[order]), kind, 10), weights[order])
         np.testing.assert_allclose(losses.token_weights(*f32(wider), kind, 10)[:B, :T], weights, rtol=1e-6)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 99), st.sampled_from(["dapo", "grpo", "dr_grpo"]))
+@settings(max_examples=40)
+def test_token_weights_in_any_shape(rows, width, seed, kind):
+    """Masks with holes and rows without a token, up to no token at all: alike inside an answer, 0 outside, finite."""
+    rng = np.random.default_rng(seed)
+    mask = (rng.random((rows, width)) < rng.choice([0.0, 0.5, 1.0], (rows, 1))).astype(float)
+    weights = np.asarray(losses.token_weights(*f32(mask), kind, width))
+    chex.assert_tree_all_finite(weights)
+    assert not np.any(weights[mask == 0]) and np.all(weights[mask > 0] > 0)
+    for row, kept in zip(weights, mask > 0, strict=True):
+        assert len(set(row[kept])) <= 1
+    if np.any(mask) and kind != "dr_grpo":
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- policy gradient
@@ -113,6 +135,69 @@ def test_policy_loss_equals_numpy(seed, level, capped):
         sampler=None if sampler is None else f32(sampler)[0], cap=cap,
     )  # fmt: skip
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@given(seeds, st.sampled_from(["token", "sequence"]), st.booleans())
+@settings(max_examples=20)
+def test_policy_gradients_equal_finite_differences(seed, level, capped):
+    """In float64, away from the first step: clipped on either side or not, one ratio an answer or one a token."""
+    logprobs, old, sampler, gains, mask = drawn(seed)
+    sampler, cap = (sampler, 1.1) if capped else (None, None)
+    apart = (logprobs - old) * mask
+    if level == "sequence":
+        apart = apart.sum(1, keepdims=True) / np.maximum(mask.sum(1, keepdims=True), 1)
+    assume(min(np.abs(np.exp(apart) - edge).min() for edge in (0.8, 1.3)) > 1e-4)  # at the kinks there is no gradient
+    with jax.enable_x64(True):
+
+        def total(x):
+            return losses.policy_loss(
+                x, old, gains, mask, clip_low=0.2, clip_high=0.3, level=level, sampler=sampler, cap=cap
+            )[0].sum()
+
+        found = np.asarray(jax.grad(total)(jnp.asarray(logprobs)))
+    assert found.dtype == np.float64
+    for place in np.ndindex(B, T):
+        step = np.zeros((B, T))
+        step[place] = 1e-6
+        up, down = (
+            policy_numpy(logprobs + sign * step, old, gains, mask, 0.2, 0.3, level, sampler, cap).sum()
+            for sign in (1, -1)
+        )
+        np.testing.assert_allclose(found[place], (up - down) / 2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("apart", [1e4, -1e4])
+@pytest.mark.parametrize("gain", [1.0, -1.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_policy_loss_stays_finite_however_far_apart(apart, gain, level):
+    """The policy from the old one, and the old one from the sampler."""
+
+    def total(x, old, sampler):
+        return losses.policy_loss(
+            x, old, jnp.array([gain]), jnp.ones((1, 2)), clip_low=0.2, clip_high=0.2, level=level,
+            sampler=sampler, cap=2.0,
+        )[0].sum()  # fmt: skip
+
+    near, far = jnp.zeros((1, 2)), jnp.full((1, 2), apart)
+    for arguments in ((far, near, near), (near, near, far), (near, far, near)):
+        chex.assert_tree_all_finite(jax.value_and_grad(total, (0, 1))(*arguments))
+
+
+def test_the_cap_is_a_weight_without_a_gradient():
+    """min(exp(old - sampler), cap): nothing flows through it, not even where old is not yet stopped."""
+    ones, old, sampler = jnp.ones((1, 3)), jnp.log(jnp.array([[0.5, 1.5, 9.0]])), jnp.zeros((1, 3))
+
+    def total(old):
+        return losses.policy_loss(
+            jax.lax.stop_gradient(old), jax.lax.stop_gradient(old) if stopped else old, jnp.array([1.0]), ones,
+            clip_low=0.2, clip_high=0.2, sampler=sampler, cap=2.0,
+        )[0].sum()  # fmt: skip
+
+    stopped = True
+    np.testing.assert_allclose(total(old), -(0.5 + 1.5 + 2.0), rtol=1e-6)
+    assert not np.any(jax.grad(total)(old))
+    stopped = False  # what is left is the ratio's own gradient in old, times the weight
+    np.testing.assert_allclose(jax.grad(total)(old), [[0.5, 1.5, 2.0]], rtol=1e-6)
 
 
 def test_the_first_ratio_is_exactly_one_and_its_gradient_is_not_zero():
@@ -154,9 +239,7 @@ def test_the_steps_gradient_is_the_closed_form(seed):
     beta, args = 0.04, f32(*drawn(seed))
 
     def loss(x):
-        per_token, *_ = losses.policy_loss(
-            x, jax.lax.stop_gradient(x), args[3], args[4], clip_low=0.2, clip_high=0.2
-        )
+        per_token, *_ = losses.policy_loss(x, jax.lax.stop_gradient(x), args[3], args[4], clip_low=0.2, clip_high=0.2)
         weights = losses.token_weights(args[4], "dapo")
         return ((per_token + beta * losses.k3(x, args[2])) * weights).sum()
 
@@ -179,6 +262,34 @@ def test_k3_equals_numpy_and_is_never_negative(seed):
     apart = reference - logprobs
     np.testing.assert_allclose(found, np.exp(apart) - apart - 1, rtol=1e-3, atol=1e-6)
     assert (np.asarray(found) >= 0).all()
+
+
+@given(seeds)
+@settings(max_examples=10)
+def test_k3_gradients_equal_the_closed_form(seed):
+    logprobs, _, reference, *_ = drawn(seed, spread=3.0)
+    x, fixed = f32(logprobs, reference)
+    found = jax.grad(lambda x: losses.k3(x, fixed).sum())(x)
+    np.testing.assert_allclose(found, -np.expm1(reference - logprobs), rtol=1e-4, atol=1e-5)
+
+
+def test_rubbish_in_the_padding_reaches_neither_losses_nor_gradients():
+    """Infinities and NaN where the mask is 0."""
+    logprobs, old, sampler, gains, mask = drawn(9)
+    assert np.any(mask == 0)
+
+    def total(x, old, sampler, level):
+        per_token, *_ = losses.policy_loss(
+            x, old, *f32(gains, mask), clip_low=0.2, clip_high=0.2, level=level, sampler=sampler, cap=2.0
+        )
+        return (per_token + losses.sft_loss(x, *f32(mask))).sum()
+
+    clean = f32(logprobs, old, sampler)
+    for level in ("token", "sequence"):
+        expected = jax.value_and_grad(total)(*clean, level)
+        for rubbish in (np.nan, -np.inf):
+            dirty = (jnp.where(mask > 0, array, rubbish) for array in clean)
+            chex.assert_trees_all_equal(jax.value_and_grad(total)(*dirty, level), expected)
 
 
 def test_what_the_mask_leaves_out_has_exactly_no_gradient():
@@ -244,9 +355,7 @@ def test_preference_losses_and_gradients_equal_numpy(seed, kind, beta, e):
     for place in (0, 1):
         step = np.zeros((4, 1))
         step[place] = 1e-5
-        up, down = (
-            preference_numpy(*(sums + sign * step), *lengths, kind, beta, e, 0.5) for sign in (1, -1)
-        )
+        up, down = (preference_numpy(*(sums + sign * step), *lengths, kind, beta, e, 0.5) for sign in (1, -1))
         np.testing.assert_allclose(found[place], (up - down) / 2e-5, rtol=5e-3, atol=1e-3)
 
 
@@ -265,6 +374,22 @@ def test_certain_answers_give_finite_losses_and_gradients(kind):
         return losses.preference_loss(chosen, rejected, values, values, 3.0, 3.0, kind=kind, beta=0.1).sum()
 
     chex.assert_tree_all_finite(jax.value_and_grad(total, (0, 1))(values, values[::-1]))
+
+
+def test_orpo_near_certainty_equals_float64():
+    """Where 1 - e^m is a small difference of large numbers, and where e^m vanishes."""
+    chosen, rejected = np.array([-1e-4, -1e-3, -0.69, -0.70, -30.0]), np.array([-2.0, -1e-4, -0.70, -0.69, -1e-3])
+    odds = (chosen - rejected) - (np.log(-np.expm1(chosen)) - np.log(-np.expm1(rejected)))
+    zeros, ones = jnp.zeros(5), jnp.ones(5)
+
+    def loss(chosen, rejected):
+        return losses.preference_loss(chosen, rejected, zeros, zeros, ones, ones, kind="orpo", beta=0.5)
+
+    np.testing.assert_allclose(loss(*f32(chosen, rejected)), -chosen + 0.5 * np.logaddexp(0, -odds), rtol=1e-5)
+    found = jax.grad(lambda *x: loss(*x).sum(), (0, 1))(*f32(chosen, rejected))
+    slope = -0.5 / (1 + np.exp(odds))  # of -beta log sigmoid; the odds' own is 1 / (1 - e^m)
+    np.testing.assert_allclose(found[0], -1 + slope / -np.expm1(chosen), rtol=1e-4)
+    np.testing.assert_allclose(found[1], -slope / -np.expm1(rejected), rtol=1e-4)
 
 
 def test_rewards_for_the_log():
