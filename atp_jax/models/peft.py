@@ -86,7 +86,7 @@ def load(directory: str | os.PathLike, config: DecoderConfig, mesh) -> Lora:
         raise UserError(f"{directory / WEIGHTS}: cannot be read as safetensors: {error}") from error
     a, b, known = {}, {}, set()
     for target in TARGETS:
-        if _name(target, 0, "A") not in tensors:
+        if not any(_name(target, layer, letter) in tensors for layer in range(config.num_layers) for letter in "AB"):
             continue
         into, out = sizes(config, target)
         layers = []
