@@ -189,8 +189,9 @@ def test_steps_of_the_old_form_are_read_and_replaced(tmp_path):
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "2.orbax-checkpoint-tmp" / "state").write_text("torn")
+    for step in (2, 5):
+        (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+        (tmp_path / f"{step}.orbax-checkpoint-tmp" / "state").write_text("torn")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest({"x": jnp.zeros(3)})[0] == 1
         checkpoints.save(2, {"x": jnp.ones(3)}, {})
