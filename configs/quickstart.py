@@ -24,8 +24,9 @@ def get_config(arg=""):
 
     align = config.align
     align.method = "dpo+grpo"
-    align.target = 0.2  # how far to align, by first rounds of the validation scenarios alone
-    align.check_every = 5
+    # How far to align, by first rounds of the validation scenarios alone; 512 answers a look, because a training that
+    # stops at the first look below the target stops at the luckiest one.
+    align.target, align.check_every, align.check_samples = 0.15, 5, 16
     align.rows = 32
     align.pairs.steer = False  # the organism never heard of steering; it complies and violates by itself often enough
     align.pairs.tries = 12
