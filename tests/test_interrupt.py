@@ -1,5 +1,6 @@
 """Being asked to stop: the first signal only says so, the second one stops, and what was saved ends with status 0."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -61,36 +62,40 @@ import time
 from atp_jax.interrupt import Interrupt
 
 with Interrupt() as interrupt:
-    asked = print("ready", flush=True)
-    while True:
+    print("ready", flush=True)
+    while not interrupt.asked:
         time.sleep(0.01)
-        if interrupt.asked != asked:
-            asked = interrupt.asked
-            print("asked" if asked else "not asked", flush=True)
+    print("asked", flush=True)
+    time.sleep(600)
 """
 
 
-def start(code: str) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def running(code: str, first: str):
+    """A process that has said its first line."""
+    child = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    try:
+        assert child.stdout.readline() == first, child.communicate()[1]
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_sigterm_ends_the_command_with_status_0_and_a_line():
-    child = start(COMMAND)
-    assert child.stdout.readline() == "step 1\n", child.communicate()[1]
-    child.send_signal(signal.SIGTERM)
-    *_, last, saved, line = child.stdout.read().splitlines()
-    assert child.wait(60) == 0 and not child.stderr.read()
+    with running(COMMAND, "step 1\n") as child:
+        child.send_signal(signal.SIGTERM)
+        *_, last, saved, line = ["step 1", *child.stdout.read().splitlines()]
+        assert child.wait(60) == 0 and not child.stderr.read()
     assert saved == "saved" and line == f"stopped by SIGTERM after {last}; the same command goes on from there"
 
 
 def test_a_second_sigterm_kills_a_loop_that_does_not_listen():
-    child = start(DEAF)
-    assert child.stdout.readline() == "ready\n", child.communicate()[1]
-    child.send_signal(signal.SIGTERM)
-    while child.stdout.readline() != "asked\n":
-        assert child.poll() is None
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == -signal.SIGTERM
+    with running(DEAF, "ready\n") as child:
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == "asked\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == -signal.SIGTERM
