@@ -1,14 +1,17 @@
 """Log-probabilities in chunks: the numbers and gradients of the plain computation, without its memory."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_models
+from flax import nnx
 
 from atp_jax.align.logprobs import token_logprobs
 from atp_jax.generate.engine import Engine
 from atp_jax.generate.sampling import Sampling
+from atp_jax.models import lora as adapters
 from atp_jax.parallel import make_mesh
 
 LENGTHS = np.array([13, 1, 9], np.int32)
@@ -46,6 +49,32 @@ def test_values_and_gradients_equal_the_plain_ones(model, chunk, temperature):
     wanted = jax.jit(jax.grad(lambda p: (plain(graphdef, p, tokens, temperature)[0] * weights).sum()))(params)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_gradients_in_adapters_equal_the_plain_ones(model):
+    """Two adapters in one batch, a row that wears the first, one the second and one neither."""
+    config, graphdef, params, tokens = model
+    mesh, draw = make_mesh(devices=jax.devices()[:1]), np.random.default_rng(2)
+    lora = adapters.concat([adapters.init(config, rank, 4, ("query", "down"), rank, mesh) for rank in (2, 3)])
+    lora = lora.replace(b={name: jnp.asarray(0.1 * draw.normal(size=b.shape), b.dtype) for name, b in lora.b.items()})
+    lengths, adapter = np.array([13, 7, 9], np.int32), jnp.array([1, -1, 0])
+    weights = draw.normal(size=tokens.shape) * (np.arange(13) < lengths[:, None]) * (np.arange(13) > 0)
+
+    def chunked(worn):
+        worn = lora.replace(a=worn[0], b=worn[1])
+        found = token_logprobs(params, worn, tokens, lengths, 0.7, graphdef=graphdef, adapter=adapter, chunk=5)
+        return (found[0] * weights).sum()
+
+    def at_once(worn):
+        decoder = nnx.merge(graphdef, params)
+        hidden = decoder.hidden(tokens, lengths, lora=lora.replace(a=worn[0], b=worn[1]), adapter=adapter)
+        logs = jax.nn.log_softmax(decoder.head(hidden)[:, :-1] / 0.7, -1)
+        return (jnp.take_along_axis(logs, tokens[:, 1:, None], -1)[..., 0] * weights[:, 1:]).sum()
+
+    found = jax.jit(jax.value_and_grad(chunked))((lora.a, lora.b))
+    chex.assert_trees_all_close(found, jax.jit(jax.value_and_grad(at_once))((lora.a, lora.b)), atol=1e-5)
+    for slope in jax.tree.leaves(found[1]):
+        assert np.any(slope)
 
 
 def test_entropy_carries_no_gradient(model):
