@@ -106,7 +106,8 @@ def train(
         def save() -> None:
             nonlocal saved
             if saved != step:
-                checkpoints.save(step, state, {"metrics": size(metrics_file), "looks": looks})
+                best = -looks[-1][1] if looks else None  # the fewer violations at the last look
+                checkpoints.save(step, state, {"metrics": size(metrics_file), "looks": looks}, best)
                 saved = step
 
         save()  # of step 0 too: it says where this training's lines in metrics.jsonl begin
@@ -125,7 +126,8 @@ def train(
             if interrupt.asked and step % method.iterations == 0:
                 save()
                 checkpoints.wait()
-                raise Interrupted(f"stopped after step {step} of {method.name}; the same command goes on from there")
+                where = f"step {step} of {method.name}"
+                raise Interrupted(f"stopped by {interrupt.asked} after {where}; the same command goes on from there")
 
             began = time.perf_counter()
             batch, logged = method.batch(step, params, lora)
