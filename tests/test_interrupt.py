@@ -24,6 +24,15 @@ def test_the_first_signal_sets_asked_and_everything_is_as_before_afterwards(numb
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.fixture
+def interactive():
+    """SIGINT as a program in the foreground has it: what a shell starts in the background is born ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interactive")
 def test_after_either_signal_both_act_as_always():
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGTERM)
