@@ -1,7 +1,8 @@
 """Rates and paired changes of episodes, with 95% intervals. NumPy only.
 
 A *life* is one agent's way through one episode. Lives of the same scenario resemble one another, so scenarios
-(clusters) are what is resampled. Two closed forms serve where every cluster holds one life:
+(clusters) are what is resampled; in a game, whose agents watch one another, episodes are. Two closed forms serve where
+every cluster holds one life:
 
 - a rate: Wilson's score interval (Wilson 1927),
 - a paired change, the share of lives that gained minus the share that lost: the two shares' Wilson intervals put
@@ -41,6 +42,7 @@ class Lives:
     decisions: int8 [L, R], codes COMPLY, VIOLATE, UNPARSED, or ABSENT where there is no record.
     rounds: the R round numbers, ascending. scenario, episode: int [L].
     environment: per life the occupation, or None. payoff_ratio: float [L], NaN where there is none.
+    cluster: which lives go together, "scenario" or "episode".
     """
 
     decisions: np.ndarray
@@ -49,16 +51,22 @@ class Lives:
     episode: np.ndarray
     environment: tuple[str | None, ...]
     payoff_ratio: np.ndarray
+    cluster: str
+
+    @property
+    def unit(self) -> str:
+        """What is resampled. With a single scenario its episodes: nothing can then be said about other scenarios, and
+        the intervals are about this one."""
+        return "scenario" if self.cluster == "scenario" and len(set(self.scenario.tolist())) > 1 else "episode"
 
     @property
     def clusters(self) -> np.ndarray:
-        """int [L]: 0.. per scenario. With a single scenario per episode: nothing can then be said about other
-        scenarios, and the intervals are about this one."""
-        labels = self.scenario if len(set(self.scenario.tolist())) > 1 else self.episode
-        return np.unique(labels, return_inverse=True)[1]
+        """int [L]: 0.. per scenario or episode, as `unit` says."""
+        labels = self.scenario if self.unit == "scenario" else np.stack([self.scenario, self.episode], axis=1)
+        return np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def read_lives(records: Iterable[Mapping]) -> Lives:
+def read_lives(records: Iterable[Mapping], cluster: str = "scenario") -> Lives:
     """Lines of episodes.jsonl -> Lives. UserError names a record that stands twice or an unknown decision."""
     cells: dict[tuple[int, int, int], dict[int, Mapping]] = {}
     for record in records:
@@ -85,6 +93,7 @@ def read_lives(records: Iterable[Mapping]) -> Lives:
         episode=np.array([key[1] for key in keys], dtype=np.int64),
         environment=tuple(record.get("environment") for record in any_record),
         payoff_ratio=np.array([math.nan if ratio is None else ratio for ratio in ratios], dtype=np.float64),
+        cluster=cluster,
     )
 
 
@@ -128,20 +137,26 @@ def difference(a: float, a_ci: Interval, b: float, b_ci: Interval) -> Interval:
     return low, a - b + math.hypot(a_ci[1] - a, b - b_ci[0])
 
 
+def resampled_sums(counts: np.ndarray, seed: int) -> np.ndarray:
+    """Column sums over clusters drawn with replacement: int [G, C] -> int [RESAMPLES, C]. The sums are of integers, so
+    that the same seed gives the same sums on every machine."""
+    count = len(counts)
+    rng = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // count)  # rows at a time: memory stays small however many clusters there are
+    sums = []
+    for start in range(0, RESAMPLES, block):
+        drawn = rng.integers(0, count, size=(min(block, RESAMPLES - start), count))
+        sums.append(np.stack([column[drawn].sum(axis=1) for column in counts.T], axis=1))
+    return np.concatenate(sums)
+
+
 def cluster_bootstrap(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> Interval:
     """95% percentile interval of sum(numerators) / sum(denominators) over clusters drawn with replacement.
 
-    numerators, denominators: int [G], denominators positive. The sums are of integers, so that the same seed gives
-    the same interval on every machine.
+    numerators, denominators: int [G], denominators positive.
     """
-    count = len(numerators)
-    rng = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // count)  # rows at a time: memory stays small however many clusters there are
-    ratios = []
-    for start in range(0, RESAMPLES, block):
-        drawn = rng.integers(0, count, size=(min(block, RESAMPLES - start), count))
-        ratios.append(numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(ratios), (0.025, 0.975))
+    above, below = resampled_sums(np.stack([numerators, denominators], axis=1), seed).T
+    low, high = np.quantile(above / below, (0.025, 0.975))
     return float(low), float(high)
 
 

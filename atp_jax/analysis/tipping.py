@@ -5,6 +5,7 @@ Everything here is a number or None (null in results.json), never NaN, and the s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,15 +16,24 @@ from atp_jax.analysis.rates import COMPLY, RESAMPLES, VIOLATE, Lives
 PAYOFF_CUT = 1.1  # violating pays at least a tenth more; the original's median scenario pays a twentieth more
 
 
-def summarise(name: str, model: str, control: str, setting: Mapping, records: Sequence[Mapping], seed: int) -> dict:
-    """One condition of results.json from its lines of episodes.jsonl.
+def summarise(
+    name: str,
+    model: str,
+    control: str,
+    setting: Mapping,
+    records: Sequence[Mapping],
+    seed: int,
+    cluster: str = "scenario",
+) -> dict:
+    """One condition of results.json from its lines of episodes.jsonl. cluster: what is resampled, "scenario" or
+    "episode".
 
     Beside the fixed keys (`name, model, control, setting, rounds`; in a round `round, violations, unparsed, total,
     rate, ci95`):
     - `rounds[i]`: `unparsed_rate`, and `change` from the first round (`from, to, estimate, ci95`; null for the first).
     - `change`: from the first round to the last, paired by life; `ci95_environment` is the interval when whole
-      occupations are resampled (null with fewer than two, or where they are the scenarios), for scenarios of one
-      occupation resemble one another.
+      occupations are resampled (null with fewer than two, or where they are what is resampled anyway), for
+      scenarios of one occupation resemble one another.
     - `onset`: the first round whose paired change from the first has an interval without 0, else null. It looks at
       every round in turn, so over R rounds without any trend it is found by accident more often than 5% of the time.
     - `hazard`: by round, the share violating among lives that have complied in every round before.
@@ -32,7 +42,7 @@ def summarise(name: str, model: str, control: str, setting: Mapping, records: Se
       their difference; null unless there are both.
     - `episodes, scenarios`: counts of lives and scenarios; `interval`: how the intervals were made.
     """
-    lives = rates.read_lives(records)
+    lives = rates.read_lives(records, cluster)
     first = lives.rounds[0] if lives.rounds else None
     rows = rates.rates_by_round(lives, seed)
     for row in rows:
@@ -124,16 +134,16 @@ def _overall_change(lives: Lives, seed: int) -> dict | None:
     labels = np.array([str(environment) for environment in lives.environment])
     groups, clusters = np.unique(labels, return_inverse=True)
     by_environment = None
-    if None not in lives.environment and 2 <= len(groups) < len(np.unique(lives.scenario)):
+    if None not in lives.environment and 2 <= len(groups) < len(np.unique(lives.clusters)):
         by_environment = rates.paired_change(lives, start, end, seed, clusters)["ci95"]
     return {**whole, "ci95_environment": by_environment}
 
 
 def _only(lives: Lives, chosen: np.ndarray) -> Lives:
     """The chosen lives (bool [L])."""
+    arrays = {name: getattr(lives, name)[chosen] for name in ("decisions", "scenario", "episode", "payoff_ratio")}
     environment = tuple(label for label, keep in zip(lives.environment, chosen, strict=True) if keep)
-    arrays = (lives.scenario[chosen], lives.episode[chosen], environment, lives.payoff_ratio[chosen])
-    return Lives(lives.decisions[chosen], lives.rounds, *arrays)
+    return dataclasses.replace(lives, **arrays, environment=environment)
 
 
 def _counted(lives: Lives, events: Sequence[np.ndarray], trials: Sequence[np.ndarray], seed: int) -> dict:
@@ -151,10 +161,9 @@ def _counted(lives: Lives, events: Sequence[np.ndarray], trials: Sequence[np.nda
 
 def _method(lives: Lives, seed: int) -> dict:
     counts = np.bincount(lives.clusters)
-    unit = "scenario" if len(np.unique(lives.scenario)) > 1 else "episode"
     if not len(counts) or counts.max() == 1:
-        return {"method": "wilson", "clusters": len(counts), "unit": unit}
-    return {"method": "bootstrap", "clusters": len(counts), "unit": unit, "resamples": RESAMPLES, "seed": seed}
+        return {"method": "wilson", "clusters": len(counts), "unit": lives.unit}
+    return {"method": "bootstrap", "clusters": len(counts), "unit": lives.unit, "resamples": RESAMPLES, "seed": seed}
 
 
 def _excludes_zero(change: Mapping) -> bool:
