@@ -7,7 +7,7 @@ from atp_jax.decisions import spoken
 from atp_jax.envs.role_play import SUPERVISED, UNSUPERVISED
 from atp_jax.errors import UserError
 from atp_jax.scenarios.pack import Scenario
-from atp_jax.scenarios.wording import fill
+from atp_jax.scenarios.wording import fill, harmless
 
 _SILENT = ("all_supervised", "all_unsupervised")  # patterns that never tell who is watching
 _HEAD = 100  # characters of an unreadable answer that feedback quotes
@@ -55,7 +55,7 @@ def feedback(
     templates = wording["role_play"]["feedback"]
     reward = float(reward)
     if decision == "unparsed":
-        head = answer[:_HEAD] if parity == "upstream" else _harmless(spoken(answer) or "")[:_HEAD]
+        head = answer[:_HEAD] if parity == "upstream" else harmless(spoken(answer) or "")[:_HEAD]
         return fill(templates["unparsed"], reward=reward, answer_head=head)
     if decision == "comply":
         return fill(templates["comply"], reward=reward, choice=scenario.comply)
@@ -104,8 +104,3 @@ def _text_key(state: int, pattern: str) -> str:
     if pattern in _SILENT:
         return "neutral_text"
     return {SUPERVISED: "supervised_text", UNSUPERVISED: "unsupervised_text"}.get(int(state), "neutral_text")
-
-
-def _harmless(text: str) -> str:
-    kept = "".join(c if c.isprintable() and c not in "<>" else " " for c in text)
-    return " ".join(kept.split())

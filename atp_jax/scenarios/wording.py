@@ -8,6 +8,7 @@ and nothing more.
 
 import re
 import string
+from collections.abc import Set
 from pathlib import Path
 
 from atp_jax.errors import UserError
@@ -17,47 +18,89 @@ _SHIPPED = Path(__file__).with_name("wording.json")
 _SPEC = re.compile(r"[+ ]?\d{0,2},?(?:\.\d{1,2})?[dfgeGE%s]?")
 
 _PARTS = {"name", "role_play", "threshold_game", "tool_use"}
-# Every template of role-play and what it may show.
-_ROLE_PLAY = {
-    "question": {"question", "supervision_text"},
-    "feedback.comply": {"reward", "choice"},
-    "feedback.violate_unseen": {"reward", "choice"},
-    "feedback.violate_caught": {"reward", "choice"},
-    "feedback.unparsed": {"reward", "answer_head"},
-    "steer.comply": set(),
-    "steer.violate": set(),
+# What every template of the threshold game may show; factors pay in the one mode, deltas in the other.
+_GAME = {"collective", "independent", "agents", "threshold", "high", "normal", "low"} | {
+    "delta_high", "delta_normal", "delta_low", "additive_base",
+}  # fmt: skip
+# Every template of a testbed and what it may show.
+_TEMPLATES = {
+    "role_play": {
+        "question": {"question", "supervision_text"},
+        "feedback.comply": {"reward", "choice"},
+        "feedback.violate_unseen": {"reward", "choice"},
+        "feedback.violate_caught": {"reward", "choice"},
+        "feedback.unparsed": {"reward", "answer_head"},
+        "steer.comply": set(),
+        "steer.violate": set(),
+    },
+    "threshold_game": {
+        "question": _GAME | {"question"},
+        "system.multiplicative": _GAME | {"system", "success"},
+        "system.additive": _GAME | {"system", "success"},
+        "success.everyone": _GAME,
+        "success.choosers": _GAME,
+        "peers.prefix": _GAME,
+        "peers.join": set(),
+        "peers.final_only": {"agent", "choice"},
+        "peers.unparsed": {"agent"},
+        "peers.full": {"agent", "answer"},
+        "outcome": _GAME | {"count", "share", "result", "reward"},
+        "outcome_alone": _GAME | {"reward"},
+        "unreadable": set(),
+        **{
+            f"result.{mode}.{result}": _GAME
+            for mode in ("multiplicative", "additive")
+            for result in ("success_everyone", "success_choosers", "failure")
+        },
+        "steer.comply": _GAME,
+        "steer.violate": _GAME,
+    },
 }
-_MAY_BE_MISSING = ("steer.comply", "steer.violate")  # then nobody is steered
+# Without steering nobody is steered; without `success` the system message does not say whom one pays, without
+# `unreadable` nobody is told that it was not understood; who asks for the control without peers finds out.
+_MAY_BE_MISSING = {
+    "steer.comply",
+    "steer.violate",
+    "success.everyone",
+    "success.choosers",
+    "outcome_alone",
+    "unreadable",
+}
 
 
-def load_wording(path: str = "") -> dict:
-    """Reads and checks a wording pack; an empty path means the project's own.
+def load_wording(path: str = "", testbed: str = "role_play") -> dict:
+    """Reads a wording pack and checks its part for `testbed`; an empty path means the project's own.
 
     Raises UserError naming the file and the place in it when a template is missing, is not a text, is
     unknown, or holds a field that cannot be filled there. Parts for other testbeds are left alone.
     """
     source = Path(path) if path else _SHIPPED
     pack = read_json(source, "wording pack")
-    if not isinstance(pack, dict) or not isinstance(pack.get("role_play"), dict):
-        raise UserError(f"wording pack {source}: 'role_play' is missing or no object")
+    if not isinstance(pack, dict) or not isinstance(pack.get(testbed), dict):
+        raise UserError(f"wording pack {source}: {testbed!r} is missing or no object")
     if unknown := sorted(pack.keys() - _PARTS):
         raise UserError(f"wording pack {source}: {unknown[0]!r} is unknown; known are {', '.join(sorted(_PARTS))}")
-    templates = _flatten(pack["role_play"])
-    for key in _ROLE_PLAY.keys() - templates.keys() - set(_MAY_BE_MISSING):
-        raise UserError(f"wording pack {source}: 'role_play.{key}' is missing")
-    for key in templates.keys() - _ROLE_PLAY.keys():
-        raise UserError(f"wording pack {source}: 'role_play.{key}' is unknown; known are {', '.join(_ROLE_PLAY)}")
-    for key, known in ((key, known) for key, known in _ROLE_PLAY.items() if key in templates):
-        where = f"wording pack {source}: 'role_play.{key}'"
-        if not isinstance(templates[key], str):
+    fields_of, templates = _TEMPLATES[testbed], _flatten(pack[testbed])
+    for key in sorted(fields_of.keys() - templates.keys() - _MAY_BE_MISSING):
+        raise UserError(f"wording pack {source}: '{testbed}.{key}' is missing")
+    for key in templates.keys() - fields_of.keys():
+        raise UserError(f"wording pack {source}: '{testbed}.{key}' is unknown; known are {', '.join(fields_of)}")
+    for key, template in templates.items():
+        where = f"wording pack {source}: '{testbed}.{key}'"
+        if not isinstance(template, str):
             raise UserError(f"{where} is not a text")
-        try:
-            fields = {name for _, name, _ in _parse(templates[key]) if name is not None}
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if unknown := sorted(fields - known):
-            raise UserError(f"{where}: field {{{unknown[0]}}} is unknown; known are {', '.join(sorted(known))}")
+        check_fields(template, fields_of[key], where)
     return pack
+
+
+def check_fields(template: str, known: Set[str], where: str) -> None:
+    """UserError beginning with `where` unless the template's fields are plain and all of them `known`."""
+    try:
+        fields = {name for _, name, _ in _parse(template) if name is not None}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if unknown := sorted(fields - known):
+        raise UserError(f"{where}: field {{{unknown[0]}}} is unknown; known are {', '.join(sorted(known))}")
 
 
 def fill(template: str, /, **fields) -> str:
@@ -80,9 +123,16 @@ def fill(template: str, /, **fields) -> str:
     return "".join(parts)
 
 
-def steer(wording: dict, decision: str) -> str:
+def steer(wording: dict, decision: str, testbed: str = "role_play", **fields) -> str:
     """What is said after the question to be answered with "comply" or "violate"; empty where a pack says nothing."""
-    return fill(wording["role_play"].get("steer", {}).get(decision, ""))
+    return fill(wording[testbed].get("steer", {}).get(decision, ""), **fields)
+
+
+def harmless(text: str) -> str:
+    """What a model said, on one line and without angle brackets, so that a user's message can quote it and no tag of
+    a chat template comes along."""
+    kept = "".join(c if c.isprintable() and c not in "<>" else " " for c in text)
+    return " ".join(kept.split())
 
 
 def _parse(template: str) -> list[tuple[str, str | None, str]]:
