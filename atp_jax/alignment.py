@@ -71,7 +71,7 @@ def train_grpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> No
     grpo = settings.align.grpo
     scenarios = load_role_play(settings.align.path or ALIGN)
     draw = Episodes(settings, lab, scenarios, grpo, paid=False, index=DRAWS)
-    method = Grpo("grpo", draw, lab.model, grpo, grpo.max_new_tokens or lab.sampling.max_new_tokens)
+    method = Grpo("grpo", draw, lab.model, grpo, draw.longest, settings.align.rows)
     _train(method, settings, workdir, lab, say)
 
 
@@ -93,9 +93,9 @@ class Episodes:
         self._scenarios = scenarios
         if len(scenarios) < grpo.prompts:
             raise UserError(f"{grpo.prompts} scenarios are asked for each step, but there are only {len(scenarios)}")
+        self.longest = grpo.max_new_tokens or lab.sampling.max_new_tokens  # tokens an answer can have
         # Whole distributions, so that what is scored is what was sampled from.
-        longest = grpo.max_new_tokens or lab.sampling.max_new_tokens
-        sampling = Sampling(grpo.temperature, top_p=1.0, top_k=0, max_new_tokens=longest)
+        sampling = Sampling(grpo.temperature, top_p=1.0, top_k=0, max_new_tokens=self.longest)
         self._policy = _policy(settings, dataclasses.replace(lab, sampling=sampling))
 
     def __call__(self, number: int, params, lora) -> Draw:
@@ -220,7 +220,7 @@ def evolve_weights(
 
     if not (workdir / "models" / condition.name).exists():
         draw = Episodes(settings, lab, scenarios, grpo, paid=True, index=condition.index)
-        method = Grpo(condition.name, draw, lab.model, grpo, grpo.max_new_tokens or lab.sampling.max_new_tokens)
+        method = Grpo(condition.name, draw, lab.model, grpo, draw.longest, settings.align.rows)
         training = dataclasses.replace(settings.align, target=None, check_every=weights.measure_every)
         mend(workdir / "metrics.jsonl")
         stopped = loop.train(

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atp_jax.align.dpo import rows_of, score
+from atp_jax.align.dpo import score
+from atp_jax.align.rows import rows_of
 from atp_jax.analysis.rates import cluster_bootstrap, share
 from atp_jax.chat import Chat
 from atp_jax.envs import role_play as env
@@ -99,5 +100,5 @@ def _odds(model: Model, settings: Settings, episodes: Sequence[Scenario], record
         before = record["answer"][: named[-1].end()] if named else '{"choice": "'
         for option in (scenario.comply, scenario.violate):
             answers.append((prompt, [*chat.answer(f'{before}{option}"}}'), model.stop[0]]))
-    comply, violate = score(model, rows_of(answers)).astype(np.float64).reshape(-1, 2).T
+    comply, violate = score(model, rows_of(answers, 2)).astype(np.float64).T
     return 1 / (1 + np.exp(np.clip(comply - violate, -700, 700)))

@@ -56,15 +56,14 @@ def test_every_kind_lowers_its_loss(model, tmp_path, kind):
 def test_an_epoch_goes_through_every_pair_once_in_an_order_of_its_own(model):
     method = Dpo(pairs(7), model, DpoSettings(epochs=3, batch=3), seed=5)
     assert method.steps == 9
-    tokens = layout(pairs(7))["tokens"]
+    answers = layout(pairs(7))["answers"]
 
     def numbers(epoch, method=method):
         found = []
         for step in range(3 * epoch, 3 * epoch + 3):
             batch, _ = method.batch(step, None, None)
-            for row in np.flatnonzero(batch["weight"][0::2]):
-                (place,) = (i for i in range(7) if np.array_equal(tokens[2 * i], batch["tokens"][2 * row]))
-                np.testing.assert_array_equal(batch["tokens"][2 * row + 1], tokens[2 * place + 1])  # its own rejected
+            for row in np.flatnonzero(batch["weight"]):
+                (place,) = (i for i in range(7) if np.array_equal(answers[i], batch["answers"][row]))
                 found.append(place)
         return found
 
@@ -77,8 +76,8 @@ def test_an_epoch_goes_through_every_pair_once_in_an_order_of_its_own(model):
 def test_a_short_last_batch_counts_its_pairs_alike(model, tmp_path):
     method = Dpo(pairs(5), model, DpoSettings(epochs=1, batch=4), seed=0)
     batch, logged = method.batch(1, None, None)
-    assert logged["pairs"] == 1 and batch["weight"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
-    assert not batch["mask"][2:].any() and not batch["lengths"][2:].any()
+    assert logged["pairs"] == 1 and batch["weight"].tolist() == [1, 0, 0, 0]
+    assert not batch["prompt_lengths"][1:].any() and not batch["lengths"][1:].any()
 
 
 def test_how_a_batch_is_cut_up_changes_nothing(model, tmp_path):
@@ -89,9 +88,12 @@ def test_how_a_batch_is_cut_up_changes_nothing(model, tmp_path):
 
 
 def test_scores_are_the_answers_log_probabilities(model):
-    rows = layout(pairs(9))  # more rows than are scored together
-    found = score(model, rows)
-    logits = np.asarray(model.logits(rows["tokens"], rows["lengths"]), np.float64)
-    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    chosen = np.take_along_axis(logs[:, :-1], rows["tokens"][:, 1:, None], -1)[..., 0]
-    np.testing.assert_allclose(found, (chosen * rows["mask"][:, 1:]).sum(1), atol=1e-4)
+    given = pairs(9)  # more than are scored together
+    found = score(model, layout(given))
+    for row, pair in enumerate(given):
+        for column, answer in enumerate((pair["chosen"], pair["rejected"])):
+            tokens = np.array([pair["prompt"] + answer], np.int32)
+            logits = np.asarray(model.logits(tokens, np.array([tokens.size], np.int32)), np.float64)[0]
+            logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            places = np.arange(len(pair["prompt"]), tokens.size)
+            np.testing.assert_allclose(found[row, column], logs[places - 1, tokens[0, places]].sum(), atol=1e-4)

@@ -53,7 +53,7 @@ def trained(model, tmp_path, steps, group=32, **changes):
     # All weights: below this model's last norm an adapter can raise no token's probability beyond 83%.
     align = AlignSettings(rows=32, check_every=1000, save_every=1000, lora=LoraSettings(rank=0))
     lines = []
-    method = Grpo("bandit", bandit(model, group), model, settings, 1)
+    method = Grpo("bandit", bandit(model, group), model, settings, 1, align.rows)
     out = loop.train(method, model, align, 0, tmp_path, {}, lambda *_: 0.0, lines.append)
     return out, [line for line in lines if "loss" in line]
 
@@ -79,37 +79,46 @@ def fixed_draw(rewards, lengths=(2, 3, 1, 2)):
     return lambda number, params, lora: Draw(answers, rewards, {"told": 1}), answers
 
 
-def batch(model, rewards, **changes):
+def batch(model, rewards, rows=8, **changes):
     draw, answers = fixed_draw(rewards)
-    settings = GrpoSettings(prompts=rewards.shape[0], group=rewards.shape[1], **changes)
-    rows, logged = Grpo("t", draw, model, settings, 3).batch(0, model.params, None)
-    return rows, logged, answers
+    settings = GrpoSettings(prompts=rewards.shape[0], group=rewards.shape[1], rounds=rewards.shape[2], **changes)
+    found, logged = Grpo("t", draw, model, settings, 3, rows).batch(0, model.params, None)
+    return found, logged, answers
 
 
-def test_rows_hold_prompt_and_answer_and_count_only_the_answer(model):
+def test_rows_hold_prompt_and_answers_and_count_only_the_answers(model):
     rows, logged, answers = batch(model, np.array([[[1.0], [0.0]], [[1.0], [1.0]]]))
-    for row, answer in enumerate(answers):
-        end = 3 + len(answer.tokens)
-        assert rows["lengths"][row] == end and rows["tokens"][row, :end].tolist() == [3, 4, 5, *answer.tokens]
-        np.testing.assert_array_equal(rows["mask"][row], (np.arange(64) >= 3) & (np.arange(64) < end))
-        np.testing.assert_array_equal(rows["sampler"][row, 3:end], answer.logprobs)
+    assert rows["prompt_lengths"].tolist() == [3, 3] and rows["prompts"][:, :3].tolist() == [[3, 4, 5]] * 2
+    for place, answer in zip(np.ndindex(2, 2), answers, strict=True):
+        end = len(answer.tokens)
+        assert rows["lengths"][place] == end and tuple(rows["answers"][place][:end]) == answer.tokens
+        np.testing.assert_array_equal(rows["mask"][place], np.arange(16) < end)
+        np.testing.assert_array_equal(rows["sampler"][place][:end], np.float32(answer.logprobs))
     assert rows["weights"].sum() == pytest.approx(1, abs=1e-6)  # the mean over all tokens of the batch
     assert logged["frac_reward_zero_std"] == 0.5 and logged["told"] == 1 and logged["reward"] == 0.75
-    assert not rows["advantages"][2:].any()  # nothing is learned from a group whose members are all paid alike
+    assert not rows["advantages"][1].any()  # nothing is learned from a group whose members are all paid alike
+
+
+@pytest.mark.parametrize(("rows", "group"), [(1, 1), (3, 3), (4, 3), (6, 6), (100, 6)])
+def test_as_many_answers_share_a_prompt_as_a_micro_batch_can_hold(model, rows, group):
+    found, *_ = batch(model, np.arange(12.0).reshape(2, 6, 1), rows)
+    assert found["answers"].shape[:2] == (12 // group, group)
+    np.testing.assert_allclose(found["advantages"].reshape(2, 6), found["advantages"].reshape(2, 6)[[0, 0]], atol=1e-6)
 
 
 def test_credit_is_the_episodes_return_or_the_rounds_reward(model):
     rewards = np.array([[[1.0, 0.0], [0.0, 0.0]]])  # one prompt, two members, two rounds
     whole, *_ = batch(model, rewards, credit="trajectory", scale="none")
-    np.testing.assert_allclose(whole["advantages"], [0.5, 0.5, -0.5, -0.5])
+    np.testing.assert_allclose(whole["advantages"][:, 0], [0.5, 0.5, -0.5, -0.5])
+    assert whole["prompts"].shape[0] == 4  # histories differ: nobody shares a prompt
     by_round, *_ = batch(model, rewards, credit="round", scale="none")
-    np.testing.assert_allclose(by_round["advantages"], [0.5, 0.0, -0.5, 0.0])
+    np.testing.assert_allclose(by_round["advantages"][:, 0], [0.5, 0.0, -0.5, 0.0])
 
 
 def test_only_the_most_uncertain_groups_train(model):
     rewards = np.array([[[1.0], [1.0]], [[1.0], [0.0]], [[0.6], [0.5]], [[0.0], [0.8]]])
     rows, logged, _ = batch(model, rewards, keep=0.5)
-    trains = rows["mask"].any(1).reshape(4, 2)
+    trains = rows["mask"].any(2)
     assert trains.all(1).tolist() == [False, True, False, True] and logged["groups_kept"] == 2
     assert rows["weights"].sum() == pytest.approx(1, abs=1e-6)
 
@@ -120,7 +129,9 @@ def test_without_any_difference_only_the_divergence_moves(model, tmp_path):
     draw, _ = fixed_draw(np.ones((2, 2, 1)))
     align = AlignSettings(rows=4, lora=LoraSettings(rank=2))
     lines = []
-    loop.train(Grpo("t", draw, model, settings, 3), model, align, 0, tmp_path, {}, lambda *_: 0.0, lines.append)
+    loop.train(
+        Grpo("t", draw, model, settings, 3, align.rows), model, align, 0, tmp_path, {}, lambda *_: 0.0, lines.append
+    )
     (line,) = (line for line in lines if "loss" in line)
     assert line["loss"] == pytest.approx(0, abs=1e-7) and line["grad_norm"] < 1e-6
 
@@ -136,7 +147,9 @@ def test_a_second_update_from_the_same_answers_has_another_ratio(model, tmp_path
         return draw(number, params, lora)
 
     lines = []
-    loop.train(Grpo("t", counted, model, settings, 3), model, align, 0, tmp_path, {}, lambda *_: 0.0, lines.append)
+    loop.train(
+        Grpo("t", counted, model, settings, 3, align.rows), model, align, 0, tmp_path, {}, lambda *_: 0.0, lines.append
+    )
     ratios = [line["ratio"] for line in lines if "loss" in line]
     assert asked == [0, 1]
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[1] - 1) > 1e-4
@@ -150,5 +163,3 @@ def test_the_benchmark_generates_what_it_says(tmp_path):
     assert found["tokens_per_s"] == pytest.approx(2 * 2 * 5 / found["step_s"], rel=0.02)
     assert found["step_s"] == pytest.approx(found["generate_s"] + found["update_s"], rel=0.05)
     assert jax.tree.all(jax.tree.map(lambda x: x is not None, found))
-
-

@@ -262,7 +262,8 @@ from pathlib import Path
 
 import chex, jax, jax.numpy as jnp, numpy as np
 import small_models
-from atp_jax.align.logprobs import token_logprobs
+from atp_jax.align.logprobs import answer_logprobs
+from atp_jax.align.rows import INPUTS, counted, rows_of
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import init_state, make_optimiser, make_update, micro_batches
 from atp_jax.checkpoint import Checkpoints
@@ -272,10 +273,11 @@ from test_update import compilations
 
 assert jax.device_count() == 8
 draw = np.random.default_rng(0)
-lengths = draw.integers(5, 13, 14).astype(np.int32)
-tokens = draw.integers(0, 64, (14, 12)).astype(np.int32)
-mask = (np.arange(12) < lengths[:, None]) & (np.arange(12) >= 3)
-batch = {"tokens": tokens, "lengths": lengths, "weight": (mask / mask.sum()).astype(np.float32)}
+prompts = draw.integers(0, 64, (14, 3)).tolist()
+answers = [(prompts[i // 2], draw.integers(0, 64, draw.integers(2, 10)).tolist()) for i in range(28)]
+batch = rows_of(answers, 2)
+mask = counted(batch)
+batch["weight"] = mask / mask.sum()
 optimiser = make_optimiser(1e-3, "constant", 10, max_grad_norm=0.5)
 lies = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]
 
@@ -288,8 +290,8 @@ def train(mesh, rows, rank, train=()):
 
     def loss(trainable, frozen, micro):
         params, lora = join(trainable, frozen)
-        logprobs, _ = token_logprobs(params, lora, micro["tokens"], micro["lengths"], 1.0, graphdef=graphdef)
-        return -(logprobs * micro["weight"]).sum(), ({}, {"sums": (logprobs * (micro["weight"] > 0)).sum(1)})
+        logprobs, _ = answer_logprobs(params, lora, *(micro[name] for name in INPUTS), 1.0, graphdef=graphdef)
+        return -(logprobs * micro["weight"]).sum(), ({}, {"sums": logprobs.sum(2)})
 
     trainable, frozen = partition(params, lora, train)
     state = init_state(trainable, optimiser)
@@ -297,10 +299,10 @@ def train(mesh, rows, rank, train=()):
     assert lies(state.trainable) == lies(state.optimiser[0].mu)
     shaped = jax.device_put(micro_batches(batch, rows), named_sharding(mesh, "length", "batch"))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    assert shaped["tokens"].addressable_shards[0].data.shape == (16 // rows, rows // shards, 12)
+    assert shaped["answers"].addressable_shards[0].data.shape == (16 // rows, rows // shards, 2, 16)
     state, metrics, outputs = update(state, frozen, shaped)
     assert lies(state) == placed
-    first = jax.device_get((state.optimiser[0].mu, metrics, outputs["sums"].reshape(-1)[:14]))
+    first = jax.device_get((state.optimiser[0].mu, metrics, outputs["sums"].reshape(-1, 2)[:14]))
     with Checkpoints(Path(sys.argv[1]) / "-".join(map(str, (*mesh.devices.shape, rank)))) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
@@ -331,8 +333,8 @@ print("the same on 8 devices")
 
 @pytest.mark.slow
 def test_devices_change_nothing_and_the_state_stays_where_it_lies(tmp_path):
-    """Gradients (as first moments), metrics and outputs of a decoder over data, fsdp, and all three axes; 14 rows in
-    micro-batches of 4, 8 and 16; and a state that went through a checkpoint goes on as the one that did not."""
+    """Gradients (as first moments), metrics and outputs of a decoder over data, fsdp, and all three axes; 14 prompts with
+    two answers each in micro-batches of 4, 8 and 16; and a state that went through a checkpoint goes on as the one that did not."""
     path = os.pathsep.join([str(HERE.parent), str(HERE)])
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """Direct preference optimisation: a pair of answers to the same prompt, one better than the other.
 
-What a batch holds is two rows a pair, chosen then rejected, so that both are in the same micro-batch.
+A row is a pair: its prompt once, and behind it chosen and rejected.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atp_jax.align.logprobs import token_logprobs
+from atp_jax.align.logprobs import answer_logprobs
 from atp_jax.align.losses import preference_loss, preference_rewards
+from atp_jax.align.rows import INPUTS, rows_of
 from atp_jax.align.trainable import join
-from atp_jax.generate.engine import bucket
 from atp_jax.model import Model
 from atp_jax.models.decoder import abstract
 from atp_jax.settings import DpoSettings
 
-SHORTEST = 64  # tokens a row, the smallest bucket
 REFERENCED = ("sigmoid", "robust", "hinge", "ipo")  # the losses that compare with a reference
-SCORED_ROWS = 16  # rows scored together by the reference
+SCORED = 8  # pairs scored together by the reference
 
 
 class Dpo:
@@ -27,6 +26,7 @@ class Dpo:
 
     name = "dpo"
     iterations = 1
+    group = 2
 
     def __init__(self, pairs: Sequence, given: Model, settings: DpoSettings, seed: int):
         self._settings, self._seed, self._pairs = settings, seed, len(pairs)
@@ -38,7 +38,7 @@ class Dpo:
         }  # fmt: skip
         # The reference never changes: it scores every pair once, before the first step.
         referenced = settings.loss in REFERENCED
-        self._rows["reference"] = score(given, self._rows) if referenced else np.zeros(2 * len(pairs), np.float32)
+        self._rows["reference"] = score(given, self._rows) if referenced else np.zeros((len(pairs), 2), np.float32)
 
     def batch(self, step: int, params, lora) -> tuple[dict[str, np.ndarray], dict]:
         """The pairs of a step: each epoch goes through all of them once, in an order of its own."""
@@ -47,10 +47,9 @@ class Dpo:
         epoch, place = divmod(step, a_epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(self._pairs)
         chosen = order[place * size : (place + 1) * size]
-        rows = np.stack([2 * chosen, 2 * chosen + 1], 1).reshape(-1)
-        batch = {name: values[rows] for name, values in self._rows.items()}
-        batch["weight"] = np.full(len(rows), 1 / len(chosen), np.float32)  # the last step of an epoch may have fewer
-        if short := 2 * size - len(rows):
+        batch = {name: values[chosen] for name, values in self._rows.items()}
+        batch["weight"] = np.full(len(chosen), 1 / len(chosen), np.float32)  # the last step of an epoch may have fewer
+        if short := size - len(chosen):
             batch = {name: np.concatenate([v, np.zeros((short, *v.shape[1:]), v.dtype)]) for name, v in batch.items()}
         return batch, {"epoch": epoch + 1, "pairs": len(chosen)}
 
@@ -58,13 +57,11 @@ class Dpo:
         """Sum over pairs of weight x loss, and the weighted sums of what is logged."""
         s = self._settings
         params, lora = join(trainable, fixed[0])
-        logprobs, _ = token_logprobs(params, lora, micro["tokens"], micro["lengths"], 1.0, graphdef=self._graphdef)
-        sums = (logprobs * micro["mask"]).sum(1)
-        lengths = micro["mask"].sum(1)
+        logprobs, _ = answer_logprobs(params, lora, *(micro[name] for name in INPUTS), 1.0, graphdef=self._graphdef)
         (chosen, rejected), (ref_chosen, ref_rejected), (chosen_length, rejected_length) = (
-            (x[0::2], x[1::2]) for x in (sums, micro["reference"], lengths)
+            x.T for x in (logprobs.sum(2), micro["reference"], micro["lengths"].astype(jnp.float32))
         )
-        weight = micro["weight"][0::2]
+        weight = micro["weight"]
         losses = preference_loss(
             chosen, rejected, ref_chosen, ref_rejected, jnp.maximum(chosen_length, 1), jnp.maximum(rejected_length, 1),
             kind=s.loss, beta=s.beta, smoothing=s.smoothing, gamma=s.gamma,
@@ -83,36 +80,25 @@ class Dpo:
 
 
 def layout(pairs: Sequence) -> dict[str, np.ndarray]:
-    """Tokenised pairs as two rows each: tokens int32 [2P, T], lengths int32 [2P], mask float32 [2P, T]."""
-    answers = [(pair["prompt"], answer) for pair in pairs for answer in (pair["chosen"], pair["rejected"])]
-    return rows_of(answers)
-
-
-def rows_of(answers: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, np.ndarray]:
-    """(prompt ids, answer ids) a row -> tokens int32 [N, T], lengths int32 [N], mask float32 [N, T], T a bucket."""
-    width = bucket(max(len(prompt) + len(answer) for prompt, answer in answers), steps=2, smallest=SHORTEST)
-    tokens, mask = np.zeros((len(answers), width), np.int32), np.zeros((len(answers), width), np.float32)
-    lengths = np.zeros(len(answers), np.int32)
-    for row, (prompt, answer) in enumerate(answers):
-        lengths[row] = end = len(prompt) + len(answer)
-        tokens[row, :end] = [*prompt, *answer]
-        mask[row, len(prompt) : end] = 1
-    return {"tokens": tokens, "lengths": lengths, "mask": mask}
+    """Tokenised pairs as rows (align/rows.py): answer 0 is the chosen one, answer 1 the rejected."""
+    return rows_of([(pair["prompt"], answer) for pair in pairs for answer in (pair["chosen"], pair["rejected"])], 2)
 
 
 def score(model: Model, rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Log-probability of each row's answer under a model: float32 [N]."""
+    """Log-probability of each answer of each row under a model: float32 [N, G]."""
     graphdef, _ = abstract(model.config)
 
     @jax.jit
-    def sums(params, lora, tokens, lengths, mask):
-        logprobs, _ = token_logprobs(params, lora, tokens, lengths, 1.0, graphdef=graphdef)
-        return (logprobs * mask).sum(1)
+    def sums(params, lora, *inputs):
+        return answer_logprobs(params, lora, *inputs, 1.0, graphdef=graphdef)[0].sum(2)
 
-    count, done = len(rows["lengths"]), []
-    for begin in range(0, count, SCORED_ROWS):
-        part = {n: v[begin : begin + SCORED_ROWS] for n, v in rows.items() if n in ("tokens", "lengths", "mask")}
-        short = SCORED_ROWS - len(part["lengths"])
-        part = {n: np.pad(v, ((0, short),) + ((0, 0),) * (v.ndim - 1)) for n, v in part.items()}
-        done.append(np.asarray(sums(model.params, model.lora, **part)))
+    count, done = len(rows["prompts"]), []
+    for begin in range(0, count, SCORED):
+        part = [rows[name][begin : begin + SCORED] for name in INPUTS]
+        short = SCORED - len(part[0])
+        done.append(
+            np.asarray(
+                sums(model.params, model.lora, *(np.pad(v, ((0, short),) + ((0, 0),) * (v.ndim - 1)) for v in part))
+            )
+        )
     return np.concatenate(done)[:count]

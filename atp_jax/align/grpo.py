@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atp_jax.align.dpo import rows_of
-from atp_jax.align.logprobs import token_logprobs
+from atp_jax.align.logprobs import answer_logprobs
 from atp_jax.align.losses import advantages, k3, policy_loss, token_weights
+from atp_jax.align.rows import INPUTS, counted, rows_of
 from atp_jax.align.trainable import join
 from atp_jax.model import Model
 from atp_jax.models.decoder import abstract
@@ -36,17 +36,26 @@ class Grpo:
     """The method of align/loop.py that learns from groups of answers."""
 
     def __init__(
-        self, name: str, draw: Callable[[int, object, object], Draw], given: Model, settings: GrpoSettings, longest: int
+        self,
+        name: str,
+        draw: Callable[[int, object, object], Draw],
+        given: Model,
+        settings: GrpoSettings,
+        longest: int,
+        rows: int,
     ):
         """draw: (number of the draw from 0, params, lora) -> Draw. longest: tokens an answer can have, what `dr_grpo`
-        divides by."""
+        divides by. rows: as many answers at most stand behind one copy of their prompt."""
         self.name, self.steps, self.iterations = name, settings.steps, settings.iterations
+        # Members of a group have one prompt in common; from the second round on each has a history of its own.
+        members = settings.group if settings.rounds == 1 else 1
+        self.group = max(size for size in range(1, members + 1) if members % size == 0 and size <= rows)
         self.optimiser = {
             "learning_rate": settings.learning_rate, "schedule": settings.schedule, "warmup": settings.warmup,
         }  # fmt: skip
         self._draw, self._settings, self._longest = draw, settings, longest
         self._graphdef, _ = abstract(given.config)
-        self._score = jax.jit(lambda params, lora, tokens, lengths: self._logprobs(params, lora, tokens, lengths)[0])
+        self._score = jax.jit(lambda params, lora, *inputs: self._logprobs(params, lora, inputs)[0])
         self._drawn = None
 
     def batch(self, step: int, params, lora) -> tuple[dict[str, np.ndarray], dict]:
@@ -60,22 +69,24 @@ class Grpo:
         s = self._settings
         frozen, reference = fixed
         params, lora = join(trainable, frozen)
-        tokens, lengths, mask = micro["tokens"], micro["lengths"], micro["mask"]
-        logprobs, entropy = self._logprobs(params, lora, tokens, lengths)
+        inputs = [micro[name] for name in INPUTS]
+        logprobs, entropy = self._logprobs(params, lora, inputs)
+        mask = _by_answer(micro["mask"])
         # With one update a draw the old policy is the one that is trained: the ratio is 1, its gradient is not 0.
-        old = micro["old"] if self.iterations > 1 else jax.lax.stop_gradient(logprobs)
+        old = _by_answer(micro["old"]) if self.iterations > 1 else jax.lax.stop_gradient(logprobs)
         per_token, ratio, low, high = policy_loss(
-            logprobs, old, micro["advantages"], mask, clip_low=s.clip_low, clip_high=s.clip_high, level=s.level,
-            sampler=micro["sampler"], cap=s.cap,
+            logprobs, old, micro["advantages"].reshape(-1), mask, clip_low=s.clip_low, clip_high=s.clip_high,
+            level=s.level, sampler=_by_answer(micro["sampler"]), cap=s.cap,
         )  # fmt: skip
         sums = {"entropy": entropy, "ratio": ratio, "clip_ratio/low": low, "clip_ratio/high": high}
         if s.kl:
-            reference_logprobs, _ = jax.lax.stop_gradient(self._logprobs(*reference, tokens, lengths))
+            reference_logprobs, _ = jax.lax.stop_gradient(self._logprobs(*reference, inputs))
             divergence = k3(logprobs, reference_logprobs)
             per_token = per_token + s.kl * divergence
             sums["kl"] = divergence
         sums = {name: (value * mask).sum() for name, value in sums.items()} | {"tokens": mask.sum()}
-        return (per_token * micro["weights"]).sum(), (sums, {"logprobs": logprobs})
+        value = (per_token * _by_answer(micro["weights"])).sum()
+        return value, (sums, {"logprobs": logprobs.reshape(micro["mask"].shape)})
 
     def measures(self, batch: dict, sums: dict, outputs: dict) -> dict:
         """Means a token, and how far the trainer's log-probabilities are from the sampler's."""
@@ -91,8 +102,10 @@ class Grpo:
             }  # fmt: skip
         return found
 
-    def _logprobs(self, params, lora, tokens, lengths):
-        return token_logprobs(params, lora, tokens, lengths, self._settings.temperature, graphdef=self._graphdef)
+    def _logprobs(self, params, lora, inputs):
+        """Log-probabilities and entropies, an answer a row: float32 [N G, C] both."""
+        found = answer_logprobs(params, lora, *inputs, self._settings.temperature, graphdef=self._graphdef)
+        return tuple(_by_answer(x) for x in found)
 
     def _learnable(self, drawn: Draw, params, lora) -> tuple[dict[str, np.ndarray], dict]:
         s = self._settings
@@ -106,15 +119,17 @@ class Grpo:
         kept = np.zeros(prompts, bool)
         kept[np.argsort(-spread, kind="stable")[: max(1, round(s.keep * prompts))]] = True
 
-        rows = rows_of([(answer.prompt, answer.tokens) for answer in drawn.answers])
-        rows["mask"] = rows["mask"] * np.repeat(kept, group * rounds)[:, None].astype(np.float32)
-        rows["advantages"] = gains.reshape(-1).astype(np.float32)
-        rows["weights"] = np.asarray(token_weights(rows["mask"], s.aggregation, self._longest))
-        rows["sampler"] = np.zeros(rows["tokens"].shape, np.float32)
-        for row, answer in enumerate(drawn.answers):
-            rows["sampler"][row, len(answer.prompt) : rows["lengths"][row]] = answer.logprobs
+        rows = rows_of([(answer.prompt, answer.tokens) for answer in drawn.answers], self.group)
+        answers = rows["lengths"].shape
+        mask = counted(rows) * np.repeat(kept, group * rounds).reshape(answers)[..., None].astype(np.float32)
+        rows["mask"] = mask
+        rows["advantages"] = gains.reshape(answers).astype(np.float32)
+        rows["weights"] = np.asarray(token_weights(_by_answer(mask), s.aggregation, self._longest)).reshape(mask.shape)
+        rows["sampler"] = np.zeros(mask.shape, np.float32)
+        for place, answer in zip(np.ndindex(answers), drawn.answers, strict=True):
+            rows["sampler"][place][: len(answer.tokens)] = answer.logprobs
         if self.iterations > 1:
-            rows["old"] = np.asarray(self._score(params, lora, rows["tokens"], rows["lengths"]))
+            rows["old"] = np.asarray(self._score(params, lora, *(rows[name] for name in INPUTS))).reshape(mask.shape)
         lengths = np.array([len(answer.tokens) for answer in drawn.answers])
         cut = np.array([answer.finish == "length" for answer in drawn.answers])
         returns = drawn.rewards.sum(2)
@@ -125,3 +140,8 @@ class Grpo:
             "completions/max_length": int(lengths.max()), "completions/clipped_ratio": float(cut.mean()),
         }  # fmt: skip
         return rows, logged | drawn.measured
+
+
+def _by_answer(x):
+    """[N, G, C] -> [N G, C]"""
+    return x.reshape(-1, x.shape[-1])

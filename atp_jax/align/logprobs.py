@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under a model, for training, without the logits of all positions ever lying in memory."""
+"""Log-probabilities of answers under a model, for training; the logits of all positions never lie in memory at once."""
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +7,30 @@ from flax import nnx
 CHUNK = 128  # positions whose logits exist at a time: [B, CHUNK, V]
 
 
-def token_logprobs(
-    params, lora, tokens, lengths, temperature, *, graphdef, adapter=None, remat: bool = True, chunk: int = CHUNK
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each token given what stands before it, and the entropy of the distribution it stands for.
+def answer_logprobs(
+    params, lora, prompts, prompt_lengths, answers, lengths, temperature,
+    *, graphdef, adapter=None, remat: bool = True, chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Log-probability of each answer's tokens given its prompt, and the entropy of the distribution each stands for.
 
-    tokens int32 [B, T] padded on the right, lengths int32 [B], temperature a scalar that divides the logits; lora,
-    adapter as in Decoder.hidden. -> float32 [B, T] both (entropy in nats), 0 at the first position and beyond a row's
-    length. Logits and their softmax are float32 whatever the parameters are. Differentiable in params and lora; the
-    logits of `chunk` positions at a time are made, and made again for the gradient. Entropy carries no gradient.
+    prompts int32 [B, P], answers int32 [B, G, C], prompt_lengths int32 [B], lengths int32 [B, G], lora, adapter as in
+    Decoder.before_answers; temperature a scalar that divides the logits. -> float32 [B, G, C] both (entropy in nats), 0
+    beyond an answer's length. Logits and their softmax are float32 whatever the parameters are. Differentiable in
+    params and lora; the logits of `chunk` positions at a time are made, and made again for the gradient. Entropy
+    carries no gradient.
     """
     decoder = nnx.merge(graphdef, params)
-    hidden = decoder.hidden(tokens, lengths, remat=remat, lora=lora, adapter=adapter)[:, :-1]
-    targets, count = tokens[:, 1:], tokens.shape[1] - 1
+    hidden = decoder.before_answers(
+        prompts, prompt_lengths, answers, lengths, remat=remat, lora=lora, adapter=adapter
+    )  # fmt: skip
+    rows, count = len(answers), answers.shape[1] * answers.shape[2]
     chunk = min(chunk, count)
     padding = -count % chunk
 
     def by_chunk(x):
+        x = x.reshape(rows, count, *x.shape[3:])
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(len(x), -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def score(_, part):
         hidden, targets = part
@@ -36,11 +41,10 @@ def token_logprobs(
         return None, (chosen, -(jnp.exp(fixed) * fixed).sum(-1))
 
     step = jax.checkpoint(score, prevent_cse=False)
-    _, (chosen, entropy) = jax.lax.scan(step, None, (by_chunk(hidden), by_chunk(targets)))
-    valid = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
+    _, (chosen, entropy) = jax.lax.scan(step, None, (by_chunk(hidden), by_chunk(answers)))
+    valid = jnp.arange(answers.shape[2]) < lengths[..., None]
 
-    def by_row(x):
-        x = x.swapaxes(0, 1).reshape(len(tokens), -1)[:, :count]
-        return jnp.pad(jnp.where(valid, x, 0), ((0, 0), (1, 0)))
+    def by_answer(x):
+        return jnp.where(valid, x.swapaxes(0, 1).reshape(rows, -1)[:, :count].reshape(answers.shape), 0)
 
-    return by_row(chosen), by_row(entropy)
+    return by_answer(chosen), by_answer(entropy)

@@ -18,7 +18,6 @@ import numpy as np
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import check_bad, init_state, make_optimiser, make_update, micro_batches
 from atp_jax.checkpoint import Checkpoints
-from atp_jax.errors import UserError
 from atp_jax.files import append, cut, size
 from atp_jax.interrupt import Interrupt, Interrupted
 from atp_jax.model import Model
@@ -28,10 +27,12 @@ from atp_jax.settings import AlignSettings
 
 
 class Method(Protocol):
-    """One way to train. A batch is a dict of arrays `[N, ...]` with the same N and keys at every step."""
+    """One way to train. A batch is a dict of arrays `[N, ...]` with the same N and keys at every step, a row being a
+    prompt with `group` answers."""
 
     name: str
     steps: int
+    group: int
     iterations: int  # steps that learn from the same draw: only between draws can a training stop and go on
     optimiser: dict  # learning_rate, schedule, warmup: arguments of make_optimiser
 
@@ -90,8 +91,7 @@ def train(
     update = make_update(method.loss, optimiser)
     metrics_file = workdir / "metrics.jsonl"
     shards = math.prod(given.mesh.shape[axis] for axis in RULES["batch"])
-    if settings.rows % shards:
-        raise UserError(f"align.rows={settings.rows} cannot be divided over the {shards} devices that hold rows")
+    together = max(shards, settings.rows // method.group // shards * shards)  # a prompt a device at the least
     placed = named_sharding(model.mesh, "length", "batch")  # [M, rows, ...]
     looks: list[list] = []
 
@@ -132,7 +132,7 @@ def train(
             began = time.perf_counter()
             batch, logged = method.batch(step, params, lora)
             drawn = time.perf_counter()
-            shaped = micro_batches(batch, settings.rows)
+            shaped = micro_batches(batch, together)
             state, metrics, outputs = update(state, fixed, jax.device_put(shaped, placed))
             metrics, outputs = jax.device_get((metrics, outputs))
             metrics = {name: float(value) for name, value in metrics.items()}

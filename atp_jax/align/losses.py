@@ -71,9 +71,7 @@ def policy_loss(
     gains = gains[:, None]
     apart = jnp.where(mask > 0, logprobs - old, 0.0)
     if level == "sequence":
-        apart = jnp.broadcast_to(
-            apart.sum(1, keepdims=True) / jnp.maximum(mask.sum(1, keepdims=True), 1), apart.shape
-        )
+        apart = jnp.broadcast_to(apart.sum(1, keepdims=True) / jnp.maximum(mask.sum(1, keepdims=True), 1), apart.shape)
     elif level != "token":
         raise ValueError(f"level must be token or sequence, not {level!r}")
     ratio = jnp.exp(jnp.clip(apart, -WIDEST, WIDEST))

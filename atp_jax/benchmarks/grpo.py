@@ -67,7 +67,7 @@ def measure(model_path: str, data: str, prompts: int, group: int, new: int, step
         return Draw(answers, rewards.reshape(prompts, group, 1), {})
 
     settings = GrpoSettings(steps=steps, prompts=prompts, group=group)
-    method = Grpo("grpo", draw, model, settings, new)
+    method = Grpo("grpo", draw, model, settings, new, prompts * group)
     trainable, frozen = partition(model.params, model.lora)
     optimiser = make_optimiser(**method.optimiser, steps=steps)
     state, update = init_state(trainable, optimiser), make_update(method.loss, optimiser)
@@ -77,7 +77,7 @@ def measure(model_path: str, data: str, prompts: int, group: int, new: int, step
         began = time.perf_counter()
         batch, _ = method.batch(step, *join(state.trainable, frozen))
         drawn = time.perf_counter()
-        shaped = jax.device_put(micro_batches(batch, prompts * group), placed)
+        shaped = jax.device_put(micro_batches(batch, prompts), placed)
         state, metrics, _ = update(state, fixed, shaped)
         jax.block_until_ready((state, metrics))
         spent["generate"].append(drawn - began)

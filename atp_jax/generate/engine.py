@@ -111,6 +111,12 @@ def resize(cache: KVCache, size: int, mesh) -> KVCache:
     return pin(jax.tree.map(one, cache), mesh)
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def spread(state: State, source: jax.Array, *, mesh) -> State:
+    """The state whose row b is row source[b] of this one."""
+    return pin(jax.tree.map(lambda x: x[source], state), mesh)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="state")
 def prefill_chunk(weights: Weights, state: State, tokens: jax.Array, count: jax.Array, *, graphdef, mesh) -> State:
     """Appends to every row b the first count[b] of tokens [B, T]; a row with count 0 stays as it is.
@@ -206,14 +212,33 @@ class Engine:
         rows = bucket(len(prompts), steps=4, smallest=1, multiple=self._row_shards)
         size = self._cache_size([len(prompt) for prompt in prompts], self._budgets(prompts, sampling))
         worn = list(adapter) if adapter is not None else [0] * len(prompts)
-        weights, before_worn = self._weights(rows, adapter), self._worn
         state, old = self._take(rows, size)
 
         kept = np.zeros(rows, np.int32)
         for row, (before, now) in enumerate(zip(old, prompts, strict=False)):
             # One token at least is new: its hidden state is what the answer starts from.
-            same = before_worn[row] == worn[row]  # keys and values are those of the adapter they were made with
+            same = self._worn[row] == worn[row]  # keys and values are those of the adapter they were made with
             kept[row] = min(common_prefix(before, now), len(now) - 1) if same else 0
+        alike = list(dict.fromkeys((tuple(prompt), one) for prompt, one in zip(prompts, worn, strict=True)))
+        if kept.any() or 2 * len(alike) > len(prompts):
+            state = self._append(state, prompts, adapter, kept)
+        else:
+            # Rows that start alike (a GRPO group, the agents of a game) are computed once and copied.
+            state = None  # its memory is free for the rows that are computed
+            few = bucket(len(alike), steps=4, smallest=1, multiple=self._row_shards)
+            apart, worn_apart = [list(prompt) for prompt, _ in alike], [one for _, one in alike]
+            nothing = empty_state(self.config, few, size, self._dtype, self.mesh)
+            filled = self._append(nothing, apart, adapter and worn_apart, np.zeros(few, np.int32))
+            place = {one: index for index, one in enumerate(alike)}
+            source = np.zeros(rows, np.int32)
+            source[: len(prompts)] = [place[tuple(prompt), one] for prompt, one in zip(prompts, worn, strict=True)]
+            state = spread(filled, self._put(source), mesh=self.mesh)
+        self._state, self._prompts, self._worn = state, prompts, worn
+
+    def _append(self, state: State, prompts, adapter: Sequence[int] | None, kept: np.ndarray) -> State:
+        """Brings the rows of a state, of which the first kept[row] tokens stay, to these prompts."""
+        rows, size = len(kept), state.cache.keys[0].shape[2]
+        weights = self._weights(rows, adapter)
         new = np.zeros(rows, np.int32)
         new[: len(prompts)] = [len(prompt) for prompt in prompts]
         new -= kept
@@ -227,7 +252,7 @@ class Engine:
                 at = kept[row] + begin
                 tokens[row, : count[row]] = prompt[at : at + count[row]]
             state = prefill_chunk(weights, state, self._put(tokens), self._put(count), **self._static)
-        self._state, self._prompts, self._worn = state, prompts, worn
+        return state
 
     def generate(
         self,

@@ -119,18 +119,36 @@ class Decoder(nnx.Module):
         lora, adapter: what the rows wear, see `_adapt`.
         """
         positions = jnp.arange(tokens.shape[1])[None]
-        graph, stacked = nnx.split(self.layers)
-
-        def layer(x, slices):
-            params, worn = slices
-            one, adapt = nnx.merge(graph, params), _adapt(lora, adapter, worn)
-            query, key, value = one.projections(x, positions, adapt)
-            return one.finish(x, attend_causally(query, key, value), adapt), None
-
-        step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        x, _ = jax.lax.scan(step, self._embed(tokens), (stacked, None if lora is None else (lora.a, lora.b)))
-        x = _rms_norm(x, self.norm, self.config.rms_norm_eps)
+        x = self._through(tokens, positions, attend_causally, remat, lora, adapter)
         return jnp.where((positions < lengths[:, None])[..., None], x, 0)
+
+    def before_answers(
+        self, prompts, prompt_lengths, answers, lengths, *, remat: bool = False, lora: Lora | None = None, adapter=None
+    ):
+        """Hidden states that predict each token of G answers to the same prompt, which is computed once for all.
+
+        prompts int32 [B, P] and answers int32 [B, G, C] padded on the right, prompt_lengths int32 [B] (at least 1),
+        lengths int32 [B, G] -> [B, G, C, H]: what stands before answer token c, after the last norm; 0 beyond an
+        answer's length. Every answer starts with the prompt's last token, and sees the prompt before that and itself.
+        remat, lora, adapter: as in `hidden`.
+        """
+        (rows, group, count), width = answers.shape, prompts.shape[1]
+        before = jnp.maximum(prompt_lengths - 1, 0)
+        last = jnp.take_along_axis(prompts, before[:, None], axis=1)
+        inputs = jnp.concatenate([jnp.broadcast_to(last[:, None], (rows, group, 1)), answers[:, :, :-1]], axis=2)
+        tokens = jnp.concatenate([prompts, inputs.reshape(rows, -1)], axis=1)
+        places = [
+            jnp.broadcast_to(jnp.arange(width), prompts.shape),
+            before[:, None] + jnp.tile(jnp.arange(count), group),
+        ]
+
+        def attend(query, key, value):
+            asked = attend_causally(query[:, :width], key[:, :width], value[:, :width])
+            return jnp.concatenate([asked, attend_behind(query, key, value, width, before, group)], axis=1)
+
+        x = self._through(tokens, jnp.concatenate(places, axis=1), attend, remat, lora, adapter)
+        x = x[:, width:].reshape(rows, group, count, -1)
+        return jnp.where((jnp.arange(count) < lengths[..., None])[..., None], x, 0)
 
     def extend(self, tokens, start, cache: KVCache, *, lora: Lora | None = None, adapter=None):
         """Hidden states of new tokens that continue what the cache holds: prefill, append or decode.
@@ -158,6 +176,21 @@ class Decoder(nnx.Module):
         """Logits float32 [..., V] of hidden states [..., H], accumulated in float32."""
         weight = self.embedding if self.lm_head is None else self.lm_head
         return _dot("...h,vh->...v", hidden, weight[...], jnp.float32)
+
+    def _through(self, tokens, positions, attend, remat: bool, lora: Lora | None, adapter):
+        """All layers over whole rows: tokens, positions [B, T] -> [B, T, H] after the last norm. attend: (query, key,
+        value) of all heads -> what they attended."""
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x, slices):
+            params, worn = slices
+            one, adapt = nnx.merge(graph, params), _adapt(lora, adapter, worn)
+            query, key, value = one.projections(x, positions, adapt)
+            return one.finish(x, attend(query, key, value), adapt), None
+
+        step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        x, _ = jax.lax.scan(step, self._embed(tokens), (stacked, None if lora is None else (lora.a, lora.b)))
+        return _rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def _embed(self, tokens):
         # Clipped, so that padding of any value is harmless; whoever takes ids from outside checks them.
@@ -268,6 +301,35 @@ def attend_causally(query, key, value):
         allowed = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
         done.append(attend(query[:, :, :, begin:end], key[:, :, :end], value[:, :, :end], allowed[None]))
     return _by_position(jnp.concatenate(done, axis=3))
+
+
+def attend_behind(query, key, value, width: int, before, group: int):
+    """The answers' part of `Decoder.before_answers`: each sees its prompt and, of its own, itself and what is before.
+
+    query [B, width + G C, N, D], key and value [B, width + G C, KV, D]: a row's prompt, padded to `width`, then its G
+    answers. before int32 [B]: how much of the prompt they see. -> [B, G C, N, D].
+    """
+    attend = jax.checkpoint(_attend, prevent_cse=False)
+    rows = len(query)
+
+    def one_a_row(x):
+        return x[:, width:].reshape(rows * group, -1, *x.shape[2:])
+
+    def asked(x):
+        return jnp.repeat(x[:, :width].swapaxes(1, 2), group, axis=0)
+
+    query, own = _by_group(one_a_row(query), key.shape[2]), [one_a_row(x).swapaxes(1, 2) for x in (key, value)]
+    count, prompt = query.shape[3], [asked(x) for x in (key, value)]
+    seen = jnp.repeat(jnp.arange(width) < before[:, None], group, axis=0)[:, None]
+    done = []
+    for begin, end in _blocks(count):
+        causal = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
+        shape = (rows * group, end - begin)
+        allowed = [jnp.broadcast_to(seen, (*shape, width)), jnp.broadcast_to(causal, (*shape, end))]
+        both = [jnp.concatenate([p, x[:, :, :end]], axis=2) for p, x in zip(prompt, own, strict=True)]
+        done.append(attend(query[:, :, :, begin:end], *both, jnp.concatenate(allowed, axis=2)))
+    attended = _by_position(jnp.concatenate(done, axis=3))
+    return attended.reshape(rows, group * count, *attended.shape[2:])
 
 
 def attend_cached(query, keys, values, positions):
