@@ -1,8 +1,7 @@
-"""From the lines of episodes.jsonl to numbers, a table, a picture and a report."""
+"""From the lines of episodes.jsonl to numbers, a table, pictures and a report."""
 
 from atp_jax.analysis.games import summarise_games
-from atp_jax.analysis.report import write_report
-from atp_jax.analysis.tables import print_table
+from atp_jax.analysis.show import print_table, write_report
 from atp_jax.analysis.tipping import summarise
 
 __all__ = ["print_table", "summarise", "summarise_games", "write_report"]

@@ -1,6 +1,6 @@
-"""The report's page: a Jinja template, filled with autoescape on. It loads nothing but the picture beside it."""
+"""The report's pages: Jinja templates, filled with autoescape on. They load nothing but the pictures beside them."""
 
-PAGE = """<!doctype html>
+_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -8,7 +8,7 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'">
 <meta name="color-scheme" content="light dark">
-<title>{{ title }}: violation rate by round</title>
+<title>{{ heading }}</title>
 <style>
 :root {
   --ink: #1f2328; --faint: #626a73; --paper: #fff; --card: #f6f7f9; --line: #d9dde2;
@@ -79,7 +79,7 @@ a { color: inherit; }
 {%- endfor %}
 </tbody></table></div>
 {%- endmacro %}
-<h1>{{ title }}: violation rate by round</h1>
+<h1>{{ heading }}</h1>
 <p class="faint">model: {{ models }}</p>
 
 <ul>
@@ -87,7 +87,9 @@ a { color: inherit; }
 <li><strong>{{ name }}</strong>: {{ sentence }}</li>
 {%- endfor %}
 </ul>
+"""
 
+_ROLE_PLAY = """
 <a href="{{ picture }}"><img src="{{ picture }}" width="1600" height="900"
  alt="Violation rate by round, a line and a 95% band for each condition; the numbers are in the table below."></a>
 
@@ -155,7 +157,9 @@ another.</p>
 </div>
 </details>
 {%- endfor %}
+"""
 
+_FOOT = """
 <h2>What was run</h2>
 {{ settings(main_settings) }}
 {%- if other_settings %}
@@ -171,3 +175,5 @@ another.</p>
 </body>
 </html>
 """
+
+PAGE = _HEAD + _ROLE_PLAY + _FOOT

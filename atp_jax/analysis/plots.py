@@ -30,7 +30,7 @@ def tipping_png(results: Mapping) -> bytes:
     with matplotlib.style.context("default"):  # whatever a matplotlibrc of this machine says
         figure = Figure(figsize=(10, 5.625), dpi=160)
         axes = figure.add_axes((0.075, 0.11, 0.69, 0.7))
-        _frame(axes, conditions)
+        frame(axes, conditions)
         _heading(figure, results, conditions)
         for index, condition in enumerate(conditions):
             _line(axes, condition, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
@@ -40,12 +40,18 @@ def tipping_png(results: Mapping) -> bytes:
             legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
             for text in legend.get_texts():
                 text.set_parse_math(False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
+        return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
-def _frame(axes, conditions: Sequence[Mapping]) -> None:
+def frame(axes, conditions: Sequence[Mapping]) -> None:
+    """Axes of a rate, 0 to 100%, by the rounds of these conditions."""
     numbers = sorted({row["round"] for condition in conditions for row in condition["rounds"]}) or [1]
     axes.set_xlim(numbers[0] - 0.25, numbers[-1] + 0.25)
     axes.set_ylim(0, 1)

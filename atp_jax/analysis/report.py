@@ -1,11 +1,10 @@
-"""report/: one page with its picture and its tables, readable without a network."""
+"""The role-play's report/: one page with its picture and its tables, readable without a network."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
@@ -38,30 +37,25 @@ MAIN_SETTINGS = (
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def write_report(workdir: Path, results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> None:
-    """Write report/index.html, its picture and its two CSV tables, each as a whole or not at all.
-
-    results: the content of results.json. records: condition name -> its lines of episodes.jsonl. The same arguments
-    give the same bytes. Everything that a model, a scenario or a setting says is escaped. Raises OSError where the
-    folder cannot be written.
-    """
-    folder = Path(workdir) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RATES, rates_csv(results).encode())
-    _write(folder / CHANGES, changes_csv(results).encode())
-    _write(folder / PICTURE, tipping_png(results))
-    _write(folder / "index.html", page(results, records).encode())
+def files(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> dict[str, bytes]:
+    """File name -> content. results: the content of results.json. records: condition name -> its lines of
+    episodes.jsonl."""
+    return {
+        RATES: rates_csv(results).encode(),
+        CHANGES: changes_csv(results).encode(),
+        PICTURE: tipping_png(results),
+        "index.html": page(results, records).encode(),
+    }
 
 
 def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
     """The page as HTML text."""
     conditions = results["conditions"]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible)
-    main, other = _settings(conditions)
     rounds = sorted({row["round"] for condition in conditions for row in condition["rounds"]})
-    return environment.from_string(PAGE).render(
-        title=title(results["testbed"]),
-        models=models(conditions),
+    return render(
+        PAGE,
+        conditions,
+        heading=f"{title(results['testbed'])}: violation rate by round",
         findings=_findings(conditions),
         picture=PICTURE,
         rates_file=RATES,
@@ -70,16 +64,16 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
         table=[_table_row(condition, rounds) for condition in conditions],
         measures=_measures(conditions),
         episodes=_episodes(conditions, records),
-        main_settings=main,
-        other_settings=other,
         notes=_notes(conditions),
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+def render(template: str, conditions: Sequence[Mapping], **fields) -> str:
+    """A template of page.py filled, with what every page says of its conditions: models and settings."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible)
+    main, full = _settings(conditions)
+    shared = {"models": models(conditions), "main_settings": main, "other_settings": full}
+    return environment.from_string(template).render(**shared, **fields)
 
 
 def _visible(value: object) -> object:

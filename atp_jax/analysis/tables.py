@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from atp_jax.analysis.tipping import against_controls
-
-PLAIN_WIDTH = 100  # columns where no terminal says how many it has
 
 RATE_COLUMNS = (
     "condition", "model", "control", "round", "violations", "unparsed", "total", "rate", "ci95_low", "ci95_high",
@@ -87,18 +81,7 @@ def models(conditions: Sequence[Mapping]) -> str:
 # ---------------------------------------------------------------- terminal
 
 
-def print_table(results: Mapping, console: Console | None = None) -> None:
-    """Print results.json as one table, then one line per control. Plain text, 100 columns, when not on a terminal."""
-    if console is None:
-        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(_table(results, console.width))
-    for effect in against_controls(results["conditions"]):
-        line = Text("\n change of ").append(effect["condition"], "bold").append(" minus change of ")
-        line.append(effect["control"], "bold").append(": ").append(f"{points(effect)} points", _style(effect))
-        console.print(line.append(f" {points_span(effect['ci95'])}"))
-
-
-def _table(results: Mapping, width: int) -> Table:
+def results_table(results: Mapping, width: int) -> Table:
     """A row per condition, its rate over its interval in a column per round. Rounds that do not fit are left out."""
     conditions = results["conditions"]
     numbers = sorted({row["round"] for condition in conditions for row in condition["rounds"]})
@@ -107,14 +90,9 @@ def _table(results: Mapping, width: int) -> Table:
     rates = [words for c in conditions for row in c["rounds"] for words in (percent(row["rate"]), span(row["ci95"]))]
     moves = [points_span(c["change"]["ci95"]) for c in conditions if c["change"]] + ["change r1-r10"]
     beside = 1 + sum(2 + used for used in (name_width, len("unparsed"), max(map(len, moves))))
-    shown = _spread(numbers, (width - beside) // (2 + max(map(len, rates), default=1)))
-    table = Table(
-        title=Text(f"{title(results['testbed'])}: violation rate by round, in percent", "bold"),
-        caption=_caption(conditions, len(numbers) - len(shown)),
-        caption_justify="left",
-        box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),  # with the box's own blank, two between columns
-    )
+    shown = spread(numbers, (width - beside) // (2 + max(map(len, rates), default=1)))
+    heading = f"{title(results['testbed'])}: violation rate by round, in percent"
+    table = empty_table(heading, _caption(conditions, len(numbers) - len(shown)))
     table.add_column("condition", width=name_width, overflow="fold")
     for number in shown:
         table.add_column(f"r{number}", justify="right", no_wrap=True)
@@ -122,15 +100,21 @@ def _table(results: Mapping, width: int) -> Table:
     table.add_column(f"change r{shown[0]}-r{shown[-1]}" if shown else "change", justify="right", no_wrap=True)
     for condition in conditions:
         rows = {row["round"]: row for row in condition["rounds"]}
-        cells = [_two(percent(rows[n]["rate"]), span(rows[n]["ci95"])) if n in rows else Text("-") for n in shown]
+        cells = [two_lines(percent(rows[n]["rate"]), span(rows[n]["ci95"])) if n in rows else Text("-") for n in shown]
         change = condition["change"]
-        moved = _two(points(change), points_span(change and change["ci95"]), _style(change))
+        moved = two_lines(points(change), points_span(change and change["ci95"]), style(change))
         table.add_row(Text(condition["name"]), *cells, Text(percent(overall_unparsed(condition))), moved)
         table.add_section()
     return table
 
 
-def _spread(numbers: Sequence[int], most: int) -> list[int]:
+def empty_table(heading: str, caption: Text) -> Table:
+    """A table without columns, two blanks between those to come."""
+    look = {"box": box.HORIZONTALS, "padding": (0, 1, 0, 0)}  # the box adds the second blank
+    return Table(title=Text(heading, "bold"), caption=caption, caption_justify="left", **look)
+
+
+def spread(numbers: Sequence[int], most: int) -> list[int]:
     """At most so many of the numbers (two at least), evenly spread, first and last among them."""
     most = max(most, 2)
     if len(numbers) <= most:
@@ -138,12 +122,14 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[round(i * (len(numbers) - 1) / (most - 1))] for i in range(most)]
 
 
-def _two(upper: str, lower: str, style: str = "") -> Text:
-    text = Text(upper, style)
+def two_lines(upper: str, lower: str, look: str = "") -> Text:
+    """A number over its interval, or whatever stands below it, in faint."""
+    text = Text(upper, look)
     return text.append(f"\n{lower}", "not bold dim") if lower else text
 
 
-def _style(change: Mapping | None) -> str:
+def style(change: Mapping | None) -> str:
+    """A rise is red and a fall green."""
     return {"rise": "bold red", "fall": "bold green"}.get(direction(change), "")
 
 
@@ -164,11 +150,11 @@ def rates_csv(results: Mapping) -> str:
     rows = []
     for condition in results["conditions"]:
         for row, risk in zip(condition["rounds"], condition["hazard"], strict=True):
-            moved = _number_and_span(row["change"], "estimate")
-            hazard = (risk["violations"], risk["total"], *_number_and_span(risk, "rate"))
-            counts = (row["violations"], row["unparsed"], row["total"], *_number_and_span(row, "rate"))
-            rows.append((*_names(condition), row["round"], *counts, row["unparsed_rate"], *moved, *hazard))
-    return _csv(RATE_COLUMNS, rows)
+            moved = number_and_span(row["change"], "estimate")
+            hazard = (risk["violations"], risk["total"], *number_and_span(risk, "rate"))
+            counts = (row["violations"], row["unparsed"], row["total"], *number_and_span(row, "rate"))
+            rows.append((*identity(condition), row["round"], *counts, row["unparsed_rate"], *moved, *hazard))
+    return csv_text(RATE_COLUMNS, rows)
 
 
 def changes_csv(results: Mapping) -> str:
@@ -179,25 +165,27 @@ def changes_csv(results: Mapping) -> str:
         environment = change.get("ci95_environment") or (None, None)
         sides = [split.get(side, {}).get("change") for side in ("below", "above")] + [split.get("difference")]
         rows.append((
-            *_names(condition), condition["episodes"], condition["scenarios"], change.get("from"), change.get("to"),
-            *_number_and_span(change, "estimate"), *environment, condition["onset"],
-            *_number_and_span(condition["stickiness"], "rate"), split.get("cut"),
-            *(number for side in sides for number in _number_and_span(side, "estimate")),
+            *identity(condition), condition["episodes"], condition["scenarios"], change.get("from"), change.get("to"),
+            *number_and_span(change, "estimate"), *environment, condition["onset"],
+            *number_and_span(condition["stickiness"], "rate"), split.get("cut"),
+            *(number for side in sides for number in number_and_span(side, "estimate")),
         ))  # fmt: skip
-    return _csv(CHANGE_COLUMNS, rows)
+    return csv_text(CHANGE_COLUMNS, rows)
 
 
-def _names(condition: Mapping) -> tuple[str, str, str]:
+def identity(condition: Mapping) -> tuple[str, str, str]:
     return condition["name"], condition["model"], condition["control"]
 
 
-def _number_and_span(holder: Mapping | None, key: str) -> tuple:
+def number_and_span(holder: Mapping | None, key: str) -> tuple:
+    """holder[key] and the two ends of its interval, or three times None."""
     if not holder or holder[key] is None:
         return None, None, None
     return holder[key], *holder["ci95"]
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Floats with six decimals, None as an empty field."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)

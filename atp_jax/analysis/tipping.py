@@ -109,13 +109,18 @@ def subtract(change: Mapping, other: Mapping) -> dict:
 
 def against_controls(conditions: Sequence[Mapping]) -> list[dict]:
     """Is it the experience? For each condition under a control: the change of its own uncontrolled condition (same
-    model, same setting if there is one) minus its change: `condition, control, estimate, ci95`, in order.
+    model, same game, same setting if there is one) minus its change: `condition, control, estimate, ci95`, in order.
 
     The two are treated as independent, though they live through the same scenarios: the interval is on the wide side.
     """
+
+    def kind(condition):
+        game = {name: value for name, value in condition["setting"].items() if name.startswith("game.")}
+        return condition["model"], game
+
     found = []
     for controlled in conditions:
-        plain = [c for c in conditions if c["control"] == "none" and c["model"] == controlled["model"]]
+        plain = [c for c in conditions if c["control"] == "none" and kind(c) == kind(controlled)]
         plain.sort(key=lambda c: c["setting"] != controlled["setting"])  # stable: the same setting first
         if controlled["control"] == "none" or not plain or not plain[0]["change"] or not controlled["change"]:
             continue
