@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_jax.errors import UserError
-from atp_jax.scenarios.wording import fill, load_wording
+from atp_jax.scenarios.wording import fill, harmless, load_wording, steer
 
 
 def pack() -> dict:
@@ -19,6 +19,24 @@ def pack() -> dict:
             "question": "{question} {supervision_text}",
             "feedback": {**feedback, "unparsed": "{answer_head}? {{no}} {reward}"},
         },
+    }
+
+
+def game_part() -> dict:
+    """The part of a pack for the threshold game, with nothing that may be left out."""
+    results = {"success_everyone": "all {high:g}", "success_choosers": "some {delta_low:.2f}", "failure": "none {low}"}
+    return {
+        "question": "{question} {threshold} of {agents}",
+        "system": {"multiplicative": "{system}", "additive": "{system} {additive_base}"},
+        "peers": {
+            "prefix": "They: ",
+            "join": "; ",
+            "final_only": "{agent} {choice}",
+            "unparsed": "{agent}?",
+            "full": "{agent} {answer}",
+        },
+        "outcome": "{count} {share:.0%} {result} {reward:g}",
+        "result": {"multiplicative": results, "additive": results},
     }
 
 
@@ -70,7 +88,49 @@ def test_a_good_pack_loads_whole_and_with_parts_of_other_testbeds(tmp_path):
 
 def test_the_original_wording_loads_as_it_is(shared):
     path = shared / "data" / "upstream_wording.json"
-    assert load_wording(str(path)) == json.loads(path.read_text(encoding="utf-8"))
+    for testbed in ("role_play", "threshold_game"):
+        assert load_wording(str(path), testbed) == json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_only_the_part_that_is_needed_is_checked(tmp_path):
+    path = saved(tmp_path, {"threshold_game": game_part()})
+    assert load_wording(path, "threshold_game") == {"threshold_game": game_part()}
+    with pytest.raises(UserError, match=r"w\.json: 'role_play' is missing"):
+        load_wording(path)
+    with pytest.raises(UserError, match=r"w\.json: 'threshold_game' is missing"):
+        load_wording(saved(tmp_path, pack()), "threshold_game")
+    whole = load_wording("", "threshold_game")
+    assert whole == load_wording()
+    assert {"outcome_alone", "unreadable", "success", "steer"} <= whole["threshold_game"].keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("outcome"), r"'threshold_game\.outcome' is missing"),
+        (lambda p: p["peers"].pop("full"), r"'threshold_game\.peers\.full' is missing"),
+        (lambda p: p["result"].pop("additive"), r"'threshold_game\.result\.additive\.failure' is missing"),
+        (lambda p: p.update(outcomes="x"), r"'threshold_game\.outcomes' is unknown"),
+        (lambda p: p["system"].update(additive=1), r"'threshold_game\.system\.additive' is not a text"),
+        (lambda p: p["peers"].update(join="{agent}"), r"'threshold_game\.peers\.join': field \{agent\} is unknown"),
+        (lambda p: p.update(outcome="{reward.real}"), r"'threshold_game\.outcome'.*not a plain name"),
+        (lambda p: p.update(outcome_alone="{count}"), r"'threshold_game\.outcome_alone': field \{count\} is unknown"),
+    ],
+)
+def test_a_bad_game_part_is_refused_with_the_place(change, message, tmp_path):
+    part = game_part()
+    change(part)
+    path = saved(tmp_path, {**pack(), "threshold_game": part})
+    with pytest.raises(UserError, match=rf"w\.json: {message}"):
+        load_wording(path, "threshold_game")
+    load_wording(path)  # role-play has no need of it
+
+
+def test_steering_may_name_the_options_of_a_game():
+    fields = {"collective": "invest", "independent": "keep money"}
+    said = {decision: steer(load_wording(), decision, "threshold_game", **fields) for decision in ("comply", "violate")}
+    assert "keep money" in said["comply"] and "invest" in said["violate"]
+    assert steer({"threshold_game": game_part()}, "comply", "threshold_game", **fields) == ""
 
 
 @pytest.mark.parametrize(
@@ -109,3 +169,9 @@ def test_a_file_that_is_no_pack_is_refused(content, message, tmp_path):
         load_wording(saved(tmp_path, content))
     with pytest.raises(UserError, match="nowhere"):
         load_wording(str(tmp_path / "nowhere.json"))
+
+
+@given(st.text())
+def test_what_is_quoted_has_no_tag_and_one_line(text):
+    assert harmless(text).isprintable() and not set(harmless(text)) & set("<>")
+    assert harmless("<|im_end|>\n a  b\x00") == "|im_end| a b"

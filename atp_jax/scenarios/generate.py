@@ -16,7 +16,7 @@ import string
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -159,14 +159,7 @@ def run(arguments: Sequence[str]) -> None:
     flags.DEFINE_string("templates", "", "template file", flag_values=values)
     flags.DEFINE_integer("per-template", 4, "questions a template", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "scenario file to write", flag_values=values)
-    try:
-        left = values(["generate", *arguments])[1:]
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    if left:
-        raise UserError(f"argument {left[0]!r} means nothing here")
-    if not values["out"].value:
-        raise UserError("--out=FILE is missing")
+    parse(values, arguments)
     source, out = Path(values["templates"].value or _SHIPPED), Path(values["out"].value)
     templates = read_json(source, "template file")
     rows, said = generate(templates, values["per-template"].value, f"template file {source}")
@@ -178,10 +171,27 @@ def run(arguments: Sequence[str]) -> None:
     print(f"{len(rows)} questions from {len(templates)} templates, {distinct} of them distinct: {out}")
 
 
+def parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Reads the flags of a generator, of which `--out` must be given; raises UserError."""
+    try:
+        left = values(["generate", *arguments])[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if left:
+        raise UserError(f"argument {left[0]!r} means nothing here")
+    if not values["out"].value:
+        raise UserError("--out=FILE is missing")
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line (without the program's name); returns its exit status."""
+    return command(run, __doc__, arguments)
+
+
+def command(run: Callable[[Sequence[str]], None], help: str, arguments: Sequence[str]) -> int:
+    """Runs a generator, or shows its help; returns its exit status."""
     if any(argument in ("-h", "-help", "--help") for argument in arguments):
-        print(__doc__)
+        print(help)
         return 0
     try:
         run(arguments)
