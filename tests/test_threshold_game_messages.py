@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from atp_jax.decisions import read_decision
 from atp_jax.errors import UserError
-from atp_jax.scenarios.games import Game, load_games
+from atp_jax.scenarios.games import PLACEHOLDERS, Game, load_games
 from atp_jax.scenarios.threshold_game import (
     Cell,
     Turn,
@@ -227,3 +227,13 @@ def test_check_says_each_thing_once_and_finds_what_cannot_be_filled():
     assert len(check([GAME], [replace(CELL, high=1.0)], OWN, "default", allow_pointless=True)) == 1
     with pytest.raises(UserError, match=r"\{n:s\}"):
         check([replace(GAME, system="{n:s}")], [CELL], OWN, "default")
+
+
+def test_every_field_and_placeholder_that_is_known_has_a_value():
+    names = sorted(PLACEHOLDERS)
+    game = replace(GAME, multiplicative=" ".join(f"{{{name}}}" for name in names))
+    assert len(question(game, CELL, OWN, "default").split()) == len(names)
+    fields = "collective independent agents threshold high normal low delta_high delta_normal delta_low additive_base"
+    part = {**OWN["threshold_game"], "outcome_alone": " ".join(f"{{{name}}}" for name in fields.split())}
+    said = outcome_text(GAME, replace(CELL, peers="none"), "comply", 0, False, 0.0, {"threshold_game": part})
+    assert said.startswith("invest keep money 3 2 1.2 1.0 0.8 ")

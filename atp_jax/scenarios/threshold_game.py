@@ -8,8 +8,6 @@ from atp_jax.errors import UserError
 from atp_jax.scenarios.games import Game, check_rules
 from atp_jax.scenarios.wording import fill, harmless
 
-PEERS = ("final_only", "full", "none")
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -90,10 +88,11 @@ def peers_texts(
     names = {"comply": game.independent, "violate": game.collective}
     said = []
     for agent, (decision, answer) in enumerate(zip(decisions, answers, strict=True)):
-        shown = answer if parity == "upstream" else harmless(spoken(answer) or "")
-        if cell.peers == "full" and (shown or parity == "upstream"):
-            said.append(fill(templates["full"], agent=agent, answer=shown))
-        elif cell.peers == "final_only" and decision in names:
+        if cell.peers == "full":
+            shown = answer if parity == "upstream" else harmless(spoken(answer) or "")
+            readable = shown or parity == "upstream"
+            said.append(fill(templates["full" if readable else "unparsed"], agent=agent, answer=shown))
+        elif decision in names:
             said.append(fill(templates["final_only"], agent=agent, choice=names[decision]))
         else:
             said.append(fill(templates["unparsed"], agent=agent))
