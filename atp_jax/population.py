@@ -253,6 +253,7 @@ class Panel:
     points: list[list[float]]  # t/N, first rate, last rate
 
 
+PANEL = 4.0  # inches of a row of panels
 # Blue dies out, orange locks in; told apart with any colour vision.
 _MAP = LinearSegmentedColormap.from_list("collusion", (COLOURS[1], "#f4f4f4", COLOURS[0]))
 
@@ -261,15 +262,18 @@ def plot_phase(model: str, panels: Sequence[Panel]) -> bytes:
     """Panels in rows of two -> PNG, the same bytes for the same panels.
 
     Colour is the collusion rate of the last round, of the run's own cells (circles) as of the fitted policy. The
-    dashed line is where it equals the initial rate: where orange lies around it, collusion spread, where blue, it fell.
+    dashed line is where it equals the initial rate: what begins below it rises, what begins above it falls.
     """
     rows = -(-len(panels) // 2)
-    height = 1.3 + 4.1 * rows
+    height = 1.0 + PANEL * rows  # inches, as all that is divided by it
     with matplotlib.style.context("default"):  # whatever a matplotlibrc of this machine says
         figure = Figure(figsize=(10, height), dpi=160)
         for index, panel in enumerate(panels):
-            left, bottom = 0.075 + 0.425 * (index % 2), (4.1 * (rows - 1 - index // 2) + 0.65) / height
-            drawn = _panel(figure.add_axes((left, bottom, 0.37, 3.0 / height)), panel)
+            left, bottom = 0.075 + 0.425 * (index % 2), (PANEL * (rows - 1 - index // 2) + 0.65) / height
+            axes = figure.add_axes((left, bottom, 0.37, 3.0 / height))
+            drawn = _panel(axes, panel)
+            if index % 2 == 0:
+                axes.set_ylabel("collusion rate in round 1", fontsize=9.5, color=INK)
         bar = figure.colorbar(drawn, cax=figure.add_axes((0.915, 0.65 / height, 0.016, 3.0 / height)))
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -278,7 +282,7 @@ def plot_phase(model: str, panels: Sequence[Panel]) -> bytes:
             0.03, 1 - 0.45 / height, f"Threshold game, {model}: collusion rate in the last round", fontsize=15,
             fontweight="bold", color=INK, parse_math=False,
         )  # fmt: skip
-        below = "colour: policy fitted to the run  ·  circles: the run itself  ·  dashed: last rate = initial rate"
+        below = "colour: policy fitted to the run  ·  circles: the run itself  ·  below the dashed line it rises"
         figure.text(0.03, 1 - 0.75 / height, below, fontsize=10, color=FAINT)
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
@@ -294,13 +298,12 @@ def _panel(axes, panel: Panel):
         axes.contour(panel.shares, initial, change, levels=[0], colors=INK, linewidths=1.2, linestyles="--")
     for share, first, rate in panel.points:
         axes.scatter(
-            share, first, c=[rate], cmap=_MAP, vmin=0, vmax=1, s=110, edgecolors="white", linewidths=2.5, zorder=3,
+            share, first, c=[rate], cmap=_MAP, vmin=0, vmax=1, s=150, edgecolors="white", linewidths=2, zorder=3,
             clip_on=False,
         )  # fmt: skip
-        axes.scatter(share, first, s=130, facecolors="none", edgecolors=INK, linewidths=0.8, zorder=4, clip_on=False)
+        axes.scatter(share, first, s=185, facecolors="none", edgecolors=INK, linewidths=0.8, zorder=4, clip_on=False)
     axes.set_title(_title(panel), fontsize=10.5, color=INK, loc="left")
     axes.set_xlabel("threshold, share of the agents (t/N)", fontsize=9.5, color=INK)
-    axes.set_ylabel("collusion rate in round 1", fontsize=9.5, color=INK)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
@@ -318,55 +321,69 @@ def _title(panel: Panel) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def read_run(run: Path) -> dict[str, list[tuple[dict, list[dict]]]]:
-    """Of each model, the settings and records of its conditions without a control; records know their condition."""
+class Condition(NamedTuple):
+    """One cell of a finished run. `records` are those of the model's own choices."""
+
+    setting: dict
+    records: list[dict]
+    pure: bool  # all agents chose, by this model: none is a fixed cooperator or wears another adapter
+
+
+def read_run(run: Path) -> dict[str, list[Condition]]:
+    """The conditions without a control, by model. Records know their condition, and whether capital adds up."""
     results = read_json(run / "results.json")
     if results is None:
         raise UserError(f"{run} holds no results.json: is it the workdir of a finished run?")
     if results.get("testbed") != "threshold_game":
         raise UserError(f"{run} is a run of {results.get('testbed')}, not of the threshold game")
-    models = {}
+    models: dict[str, list[Condition]] = {}
     for condition in results["conditions"]:
-        if condition["control"] != "none":
-            continue
-        path = run / "evolve" / condition["name"] / "episodes.jsonl"
-        records = read_lines(path)
-        if not records:
-            raise UserError(f"{path} holds no records")
-        setting = condition["setting"]
-        known = {"condition": condition["name"], "additive": bool(setting.get("game.additive"))}
-        models.setdefault(condition["model"], []).append((setting, [r | known for r in records]))
+        if condition["control"] == "none":
+            models.setdefault(condition["model"], []).append(_read_condition(run, condition))
     if not models:
         raise UserError(f"{run} has no condition without a control")
     return models
 
 
-def point(setting: Mapping, records: Sequence[Mapping]) -> list[float]:
-    """t/N, and the collusion rates of the first and of the last round of a condition."""
-    rounds = max(r["round"] for r in records)
-    rates = [np.mean([r["decision"] == "violate" for r in records if r["round"] == n]) for n in (1, rounds)]
-    return [setting["game.threshold"] / setting["game.agents"], *map(float, rates)]
+def _read_condition(run: Path, condition: Mapping) -> Condition:
+    path = run / "evolve" / condition["name"] / "episodes.jsonl"
+    records = read_lines(path)
+    if not records:
+        raise UserError(f"{path} holds no records")
+    setting = condition["setting"]
+    known = {"condition": condition["name"], "additive": setting.get("game.mode") == "additive"}
+    own = [r | known for r in records if not (r.get("fixed") or r.get("unaligned"))]
+    return Condition(setting, own, len(own) == len(records))
 
 
-def panels(weights: np.ndarray, conditions: Sequence[tuple[Mapping, Sequence[Mapping]]]) -> list[Panel]:
-    """For each kind of game in the run a diagram of its own size, with points, and one of large games."""
+def panels(weights: np.ndarray, conditions: Sequence[Condition]) -> list[Panel]:
+    """For each kind of game in the run a diagram of its own size, with points, and one of large games.
+
+    Only conditions that are pure: those of the policy alone.
+    """
     kinds: dict[tuple, list[list[float]]] = {}
-    for setting, records in conditions:
-        payoffs = tuple(float(factor) for factor in setting["game.payoffs"])
-        rounds = max(r["round"] for r in records)
-        kind = setting["game.agents"], payoffs, bool(setting.get("game.additive")), rounds
-        kinds.setdefault(kind, []).append(point(setting, records))
+    for setting, records, pure in conditions:
+        if pure:
+            agents, rounds = setting["game.agents"], max(r["round"] for r in records)
+            payoffs = tuple(float(factor) for factor in setting["game.payoffs"])
+            rates = (_rate(records, number) for number in (1, rounds))
+            kind = agents, payoffs, records[0]["additive"], rounds
+            kinds.setdefault(kind, []).append([setting["game.threshold"] / agents, *rates])
     drawn = []
     for (own, payoffs, additive, rounds), points in kinds.items():
         for agents, shown in ((own, points), (LARGE, [])):
             steps = min(agents, 16)
             shares, initial = np.arange(1, steps + 1) / steps, np.linspace(0, 1, RATES)
-            games = max(1, AGENTS // agents)
-            key = jax.random.key(0)
+            games, key = max(1, AGENTS // agents), jax.random.key(0)
             last = phase_diagram(weights, shares, initial, agents, games, rounds, payoffs, key, additive)
             last = np.asarray(last, float).tolist()
             drawn.append(Panel(agents, payoffs, additive, rounds, shares.tolist(), initial.tolist(), last, shown))
     return drawn
+
+
+def _rate(records: Sequence[Mapping], number: int) -> float:
+    """Collusion rate of a round."""
+    return float(np.mean([r["decision"] == "violate" for r in records if r["round"] == number]))
 
 
 def main(argv):
@@ -377,7 +394,7 @@ def main(argv):
             raise UserError("--run (the workdir of a finished run) and --out (a folder to write to) are needed")
         found = []
         for model, conditions in read_run(Path(run)).items():
-            fitted = fit([record for _, records in conditions for record in records])
+            fitted = fit([record for condition in conditions for record in condition.records])
             found.append((model, fitted, panels(fitted.weights, conditions)))
         write(Path(out), found)
     except UserError as error:
@@ -393,7 +410,8 @@ def write(out: Path, found: Sequence[tuple[str, Fit, list[Panel]]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     models = []
     for model, fitted, drawn in found:
-        (out / f"phase-{model}.png").write_bytes(plot_phase(model, drawn))
+        if drawn:
+            (out / f"phase-{model}.png").write_bytes(plot_phase(model, drawn))
         told = fitted._asdict() | {key: getattr(fitted, key).tolist() for key in ("weights", "standard_errors")}
         models.append({"model": model, "fit": told, "phase": [dataclasses.asdict(panel) for panel in drawn]})
         terms = zip(fitted.names, fitted.weights, fitted.standard_errors, strict=True)

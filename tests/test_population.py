@@ -272,7 +272,7 @@ def test_one_program_draws_all_cells_payoffs_and_weights():
 
 
 def make_run(folder, games=40, testbed="threshold_game"):
-    """A made-up workdir: two models, thresholds 2 and 6 of 8, two payoff sets, and a control."""
+    """A made-up workdir: two models, thresholds 2 and 6 of 8, two payoff sets, a mixed population and a control."""
     rng = np.random.default_rng(13)
     conditions = []
     for model, shift in (("base", 0.0), ("grpo", -1.2)):
@@ -283,8 +283,17 @@ def make_run(folder, games=40, testbed="threshold_game"):
                 records = lived(rng, weights, games, 8, threshold, 6, payoffs)
                 (folder / "evolve" / name).mkdir(parents=True)
                 append(folder / "evolve" / name / "episodes.jsonl", records)
-                setting = {"game.agents": 8, "game.threshold": threshold, "game.payoffs": list(payoffs)}
+                setting = {
+                    "game.agents": 8, "game.threshold": threshold, "game.payoffs": list(payoffs),
+                    "game.mode": "multiplicative",
+                }  # fmt: skip
                 conditions.append({"name": name, "model": model, "control": "none", "setting": setting})
+    # Fixed cooperators and unaligned agents always collude: neither is a choice of this model.
+    others = [{"decision": "violate", "fixed": agent == 0, "unaligned": agent == 1} for agent in range(2)]
+    records = [r | (others[r["agent"]] if r["agent"] < 2 else {}) for r in records]
+    (folder / "evolve" / "grpo-mixed").mkdir()
+    append(folder / "evolve" / "grpo-mixed" / "episodes.jsonl", records)
+    conditions.append({"name": "grpo-mixed", "model": "grpo", "control": "none", "setting": setting})
     conditions.append({"name": "base-no_peers", "model": "base", "control": "no_peers", "setting": {}})
     write_json(folder / "results.json", {"schema": 1, "testbed": testbed, "conditions": conditions})
 
@@ -304,10 +313,11 @@ def test_the_command_fits_and_draws_each_model(tmp_path, request):
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["base", "grpo"]
     told = json.loads((out / "population.json").read_text())
     base, grpo = told["models"]
-    for model, first in ((base, TRUE[0]), (grpo, TRUE[0] - 1.2)):
+    for model, first, games in ((base, TRUE[0], 160), (grpo, TRUE[0] - 1.2, 200)):
         assert (out / f"phase-{model['model']}.png").read_bytes().startswith(b"\x89PNG")
-        assert model["fit"]["names"] == list(population.NAMES) and model["fit"]["games"] == 160
+        assert model["fit"]["names"] == list(population.NAMES) and model["fit"]["games"] == games
         assert abs(model["fit"]["weights"][0] - first) < 4 * model["fit"]["standard_errors"][0]
+        assert model["fit"]["n"] == (160 * 8 + (games - 160) * 6) * 6
         assert [panel["agents"] for panel in model["phase"]] == [8, population.LARGE] * 2
         for panel in model["phase"]:
             assert np.shape(panel["last_rates"]) == (population.RATES, len(panel["shares"]))
