@@ -50,6 +50,15 @@ GAME_COLUMNS = (
 # ---------------------------------------------------------------- words
 
 
+def population(condition: Mapping) -> str:
+    """The model, and the share of agents that wear the unaligned one: "dpo", "dpo, 25% unaligned"."""
+    apart = condition["games"]["populations"]
+    if not apart:
+        return condition["model"]
+    aligned, unaligned = (apart[part]["rounds"][0]["total"] for part in ("aligned", "unaligned"))
+    return f"{condition['model']}, {100 * unaligned / (aligned + unaligned):.0f}% unaligned"
+
+
 def threshold(condition: Mapping) -> str:
     """ "4 of 8"."""
     return f"{condition['setting']['game.threshold']} of {condition['setting']['game.agents']}"
@@ -73,7 +82,7 @@ def results_table(results: Mapping, width: int) -> Table:
     """A row per condition; below each number its interval. Rounds that do not fit are left out, never first or last."""
     conditions = results["conditions"]
     numbers = sorted({row["round"] for condition in conditions for row in condition["rounds"]})
-    played = {key for condition in conditions for key in (condition["model"], condition["control"])}
+    played = {words for condition in conditions for words in (population(condition), condition["control"])}
     moves = [points_span(c["change"]["ci95"]) for c in conditions if c["change"]] + ["change r1-r10"]
     stakes = [words for c in conditions for words in (payoffs(c), incentive(c))]
     widths = [max(map(len, words), default=1) for words in (played, [threshold(c) for c in conditions], stakes, moves)]
@@ -92,7 +101,7 @@ def results_table(results: Mapping, width: int) -> Table:
         last = games["success"][-1] if games["success"] else None
         again = games["again"]["colluders"]
         table.add_row(
-            two_lines(condition["model"], condition["control"] if condition["control"] != "none" else ""),
+            two_lines(population(condition), condition["control"] if condition["control"] != "none" else ""),
             threshold(condition),
             two_lines(payoffs(condition), incentive(condition)),
             *(_share(rows.get(number)) for number in shown),

@@ -159,6 +159,28 @@ another.</p>
 {%- endfor %}
 """
 
+_GAMES = """
+{%- for picture in pictures %}
+<a href="{{ picture.file }}"><img src="{{ picture.file }}" alt="{{ picture.says }}"></a>
+<p class="faint">{{ picture.says }}</p>
+{%- endfor %}
+{%- for table in tables %}
+<h2>{{ table.heading }}</h2>
+<div class="scroll"><table>
+<thead><tr>{% for head in table.head %}<th>{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for name, cells in table.rows %}
+<tr><th>{{ name }}</th>{% for text, interval in cells %}<td>{{ number(text, interval) }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody></table></div>
+{%- for text in table.texts %}
+<p class="faint">{{ text }}</p>
+{%- endfor %}
+{% endfor %}
+<p class="faint">The same as files, and more: {% for file in files -%}
+<a href="{{ file }}">{{ file }}</a>{{ ", " if not loop.last }}{% endfor %}.</p>
+"""
+
 _FOOT = """
 <h2>What was run</h2>
 {{ settings(main_settings) }}
@@ -177,3 +199,4 @@ _FOOT = """
 """
 
 PAGE = _HEAD + _ROLE_PLAY + _FOOT
+GAMES_PAGE = _HEAD + _GAMES + _FOOT

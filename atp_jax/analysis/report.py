@@ -28,9 +28,9 @@ PICTURE, RATES, CHANGES = "tipping.png", "rates.csv", "changes.csv"
 FEW_CLUSTERS = 10  # below so many the note warns
 SHORT = 160  # characters; longer messages that were shown before are folded away
 MAIN_SETTINGS = (
-    "policy.kind", "policy.model", "policy.dtype", "data.path", "evolve.supervision", "evolve.rounds", "evolve.window",
-    "evolve.samples", "sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.max_new_tokens",
-    "sampling.thinking", "parity", "wording", "seed",
+    "policy.kind", "policy.model", "policy.dtype", "data.path", "game.agents", "game.mode", "evolve.supervision",
+    "evolve.rounds", "evolve.window", "evolve.samples", "sampling.temperature", "sampling.top_p", "sampling.top_k",
+    "sampling.max_new_tokens", "sampling.thinking", "parity", "wording", "seed",
 )  # fmt: skip
 
 # What must not reach a page as it is: control characters but tab and newline, and halves of surrogate pairs.
@@ -52,11 +52,16 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
     """The page as HTML text."""
     conditions = results["conditions"]
     rounds = sorted({row["round"] for condition in conditions for row in condition["rounds"]})
+    counts = [
+        (c["name"], f"{c['episodes']} episodes of {c['scenarios']} scenarios, control {c['control']}")
+        for c in conditions
+    ]
     return render(
         PAGE,
         conditions,
+        counts,
         heading=f"{title(results['testbed'])}: violation rate by round",
-        findings=_findings(conditions),
+        findings=findings(conditions),
         picture=PICTURE,
         rates_file=RATES,
         changes_file=CHANGES,
@@ -68,11 +73,12 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
     )
 
 
-def render(template: str, conditions: Sequence[Mapping], **fields) -> str:
-    """A template of page.py filled, with what every page says of its conditions: models and settings."""
+def render(template: str, conditions: Sequence[Mapping], counts: Sequence[tuple[str, str]], **fields) -> str:
+    """A template of page.py filled, with what every page says of its conditions: models and settings. counts: rows
+    (label, words) that stand before the settings."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible)
     main, full = _settings(conditions)
-    shared = {"models": models(conditions), "main_settings": main, "other_settings": full}
+    shared = {"models": models(conditions), "main_settings": [*counts, *main], "other_settings": full}
     return environment.from_string(template).render(**shared, **fields)
 
 
@@ -84,9 +90,9 @@ def _visible(value: object) -> object:
 # ---------------------------------------------------------------- numbers in words
 
 
-def _findings(conditions: Sequence[Mapping]) -> list[tuple[str, str]]:
+def findings(conditions: Sequence[Mapping]) -> list[tuple[str, str]]:
     """(condition, what became of it) for each, then each comparison with a control."""
-    found = [(condition["name"], _finding(condition)) for condition in conditions]
+    found = [(condition["name"], finding(condition)) for condition in conditions]
     for effect in against_controls(conditions):
         sentence = (
             f"its change differs by {points(effect)} points {points_span(effect['ci95'])} from that of "
@@ -96,7 +102,8 @@ def _findings(conditions: Sequence[Mapping]) -> list[tuple[str, str]]:
     return found
 
 
-def _finding(condition: Mapping) -> str:
+def finding(condition: Mapping) -> str:
+    """From which rate to which, and whether that is a change."""
     change, rows = condition["change"], condition["rounds"]
     if not rows:
         return "no episodes."
@@ -117,15 +124,17 @@ def _table_row(condition: Mapping, rounds: Sequence[int]) -> dict:
         "name": condition["name"],
         "cells": [(percent(rows[n]["rate"]), span(rows[n]["ci95"])) if n in rows else ("-", "") for n in rounds],
         "unparsed": percent(overall_unparsed(condition)),
-        "change": _change(condition["change"]),
+        "change": change_cell(condition["change"]),
     }
 
 
-def _change(change: Mapping | None) -> tuple[str, str]:
+def change_cell(change: Mapping | None) -> tuple[str, str]:
+    """A change and its interval in percentage points, as a cell of the page."""
     return (points(change), points_span(change["ci95"])) if change else ("-", "")
 
 
-def _rate(counted: Mapping) -> tuple[str, str]:
+def rate_cell(counted: Mapping) -> tuple[str, str]:
+    """A rate and its interval in percent, as a cell of the page."""
     return (f"{percent(counted['rate'])}%", span(counted["ci95"])) if counted["rate"] is not None else ("-", "")
 
 
@@ -137,11 +146,11 @@ def _measures(conditions: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, 
         return (points(condition["change"]), points_span(interval)) if interval else ("-", "")
 
     def hazard(condition, which):
-        return _rate(condition["hazard"][which]) if condition["hazard"] else ("-", "")
+        return rate_cell(condition["hazard"][which]) if condition["hazard"] else ("-", "")
 
     def payoff(condition, side):
         part = (condition["payoff"] or {}).get(side)
-        return _change(part and part.get("change", part))
+        return change_cell(part and part.get("change", part))
 
     cut = next((c["payoff"]["cut"] for c in conditions if c["payoff"]), 0)
     rows: list[tuple[str, Callable[[Mapping], tuple[str, str]]]] = [
@@ -149,7 +158,7 @@ def _measures(conditions: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, 
         ("onset", lambda c: (f"round {c['onset']}" if c["onset"] else "-", "")),
         ("hazard in the first round", lambda c: hazard(c, 0)),
         ("hazard in the last round", lambda c: hazard(c, -1)),
-        ("stickiness", lambda c: _rate(c["stickiness"])),
+        ("stickiness", lambda c: rate_cell(c["stickiness"])),
         (f"change where violating pays less than {cut:g} times as much", lambda c: payoff(c, "below")),
         ("change where it pays more", lambda c: payoff(c, "above")),
         ("difference of these", lambda c: payoff(c, "difference")),
@@ -165,11 +174,7 @@ def _disagreement(condition: Mapping) -> tuple[str, str]:
 
 
 def _settings(conditions: Sequence[Mapping]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What was run, in short and in full. A setting in which conditions differ is listed for each of them."""
-    short = [
-        (condition["name"], f"{condition['episodes']} episodes of {condition['scenarios']} scenarios, "
-         f"control {condition['control']}") for condition in conditions
-    ]  # fmt: skip
+    """The main settings and all. One in which conditions differ is listed for each of them."""
     keys = sorted({key for condition in conditions for key in condition["setting"]})
     full = []
     for key in keys:
@@ -180,7 +185,7 @@ def _settings(conditions: Sequence[Mapping]) -> tuple[list[tuple[str, str]], lis
             full += [(f"{key} ({c['name']})", value) for c, value in zip(conditions, values, strict=True)]
     order = {key: rank for rank, key in enumerate(MAIN_SETTINGS)}
     main = sorted((row for row in full if row[0].split(" ")[0] in order), key=lambda row: order[row[0].split(" ")[0]])
-    return short + main, full
+    return main, full
 
 
 def _value(value: object) -> str:

@@ -114,8 +114,8 @@ def empty_table(heading: str, caption: Text) -> Table:
     return Table(title=Text(heading, "bold"), caption=caption, caption_justify="left", **look)
 
 
-def spread(numbers: Sequence[int], most: int) -> list[int]:
-    """At most so many of the numbers (two at least), evenly spread, first and last among them."""
+def spread(numbers: Sequence, most: int) -> list:
+    """At most so many of the numbers or names (two at least), evenly spread, first and last among them."""
     most = max(most, 2)
     if len(numbers) <= most:
         return list(numbers)
