@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -41,7 +41,7 @@ GAME_COLUMNS = (
     *(name for who, outcome in CELLS for cell in [f"{who}_{outcome}"]
       for name in (f"{cell}_count", f"{cell}_total", *_with_span(cell))),
     *(name for who in ("colluders", "others") for name in _with_span(f"{who}_difference")),
-    "new_colluders", "others_after_success", "colluders_in_success",
+    "new_colluders", "others_in_success", "colluders_in_success",
     *(name for part in SPREADS for name in _with_span(f"diffusion_{part}")),
     *(name for end in ENDINGS for name in (f"{end}_count", f"{end}_total", *_with_span(end), f"{end}_mean_round")),
 )  # fmt: skip
@@ -51,12 +51,12 @@ GAME_COLUMNS = (
 
 
 def population(condition: Mapping) -> str:
-    """The model, and the share of agents that wear the unaligned one: "dpo", "dpo, 25% unaligned"."""
+    """The model, and the share of agents that wear the base model, unaligned: "dpo", "dpo, 25% base"."""
     apart = condition["games"]["populations"]
     if not apart:
         return condition["model"]
-    aligned, unaligned = (apart[part]["rounds"][0]["total"] for part in ("aligned", "unaligned"))
-    return f"{condition['model']}, {100 * unaligned / (aligned + unaligned):.0f}% unaligned"
+    aligned, unaligned = (apart[kind]["rounds"][0]["total"] for kind in ("aligned", "unaligned"))
+    return f"{condition['model']}, {100 * unaligned / (aligned + unaligned):.0f}% base"
 
 
 def threshold(condition: Mapping) -> str:
@@ -82,11 +82,10 @@ def results_table(results: Mapping, width: int) -> Table:
     """A row per condition; below each number its interval. Rounds that do not fit are left out, never first or last."""
     conditions = results["conditions"]
     numbers = sorted({row["round"] for condition in conditions for row in condition["rounds"]})
-    played = {words for condition in conditions for words in (population(condition), condition["control"])}
+    games = [_game_cells(condition) for condition in conditions]
     moves = [points_span(c["change"]["ci95"]) for c in conditions if c["change"]] + ["change r1-r10"]
-    stakes = [words for c in conditions for words in (payoffs(c), incentive(c))]
-    widths = [max(map(len, words), default=1) for words in (played, [threshold(c) for c in conditions], stakes, moves)]
-    beside = 1 + sum(2 + used for used in (*widths, *[len("success")] * 3, len("100.0")))
+    columns = [*zip(*games, strict=True), moves, *[["success"]] * 3, ["95-100"]]
+    beside = 1 + sum(2 + max(len(line) for words in column for line in str(words).split("\n")) for column in columns)
     shown = spread(numbers, (width - beside) // (2 + len("95-100")))
     table = empty_table("Threshold game: collusion rate by round, in percent", _caption(conditions, numbers, shown))
     ends = f" r{shown[0]}-r{shown[-1]}" if shown else ""
@@ -95,28 +94,34 @@ def results_table(results: Mapping, width: int) -> Table:
     right = [*(f"r{number}" for number in shown), f"change{ends}", "games\nsucceed", "after\nsuccess", "after\nfailure"]
     for name in (*right, "lock\nin"):
         table.add_column(name, justify="right", no_wrap=True)
-    for condition in conditions:
+    for condition, cells in zip(conditions, games, strict=True):
         rows = {row["round"]: row for row in condition["rounds"]}
-        games, change = condition["games"], condition["change"]
-        last = games["success"][-1] if games["success"] else None
-        again = games["again"]["colluders"]
+        measures, change = condition["games"], condition["change"]
+        last = measures["success"][-1] if measures["success"] else None
+        again = measures["again"]["colluders"]
         table.add_row(
-            two_lines(population(condition), condition["control"] if condition["control"] != "none" else ""),
-            threshold(condition),
-            two_lines(payoffs(condition), incentive(condition)),
+            *cells,
             *(_share(rows.get(number)) for number in shown),
             two_lines(points(change), points_span(change and change["ci95"]), style(change)),
-            *(_share(cell) for cell in (last, again["after_success"], again["after_failure"], games["lock_in"])),
+            *(_share(cell) for cell in (last, again["after_success"], again["after_failure"], measures["lock_in"])),
         )
         table.add_section()
     return table
+
+
+def _game_cells(condition: Mapping) -> tuple[Text, Text, Text]:
+    """Who plays what: as narrow as may be, for the numbers need the room."""
+    model, *mixed = population(condition).split(", ")
+    lower = "\n".join([*mixed, *([condition["control"]] if condition["control"] != "none" else [])])
+    size = threshold(condition).replace(" of ", "/")
+    return two_lines(model, lower), Text(size), two_lines(payoffs(condition).replace(" ", ""), incentive(condition))
 
 
 def _share(counted: Mapping | None) -> Text:
     return two_lines(percent(counted["rate"]), span(counted["ci95"])) if counted else Text("-")
 
 
-def _caption(conditions, numbers, shown) -> Text:
+def _caption(conditions: Sequence[Mapping], numbers: Sequence[int], shown: Sequence[int]) -> Text:
     sizes = sorted({(condition["episodes"], condition["scenarios"]) for condition in conditions})
     text = " ".join(f"{games} games of {scenarios} scenarios a condition." for games, scenarios in sizes)
     text += (

@@ -61,7 +61,7 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
         conditions,
         counts,
         heading=f"{title(results['testbed'])}: violation rate by round",
-        findings=findings(conditions),
+        findings=_findings(conditions),
         picture=PICTURE,
         rates_file=RATES,
         changes_file=CHANGES,
@@ -90,9 +90,9 @@ def _visible(value: object) -> object:
 # ---------------------------------------------------------------- numbers in words
 
 
-def findings(conditions: Sequence[Mapping]) -> list[tuple[str, str]]:
+def _findings(conditions: Sequence[Mapping]) -> list[tuple[str, str]]:
     """(condition, what became of it) for each, then each comparison with a control."""
-    found = [(condition["name"], finding(condition)) for condition in conditions]
+    found = [(condition["name"], _finding(condition)) for condition in conditions]
     for effect in against_controls(conditions):
         sentence = (
             f"its change differs by {points(effect)} points {points_span(effect['ci95'])} from that of "
@@ -102,7 +102,7 @@ def findings(conditions: Sequence[Mapping]) -> list[tuple[str, str]]:
     return found
 
 
-def finding(condition: Mapping) -> str:
+def _finding(condition: Mapping) -> str:
     """From which rate to which, and whether that is a change."""
     change, rows = condition["change"], condition["rounds"]
     if not rows:
