@@ -138,6 +138,11 @@ def decode_chunk(weights: Weights, state: State, asked: Asked, n: int, *, graphd
     many as its `produced` has grown; the cache must have room for them.
     """
     decoder = nnx.merge(graphdef, weights.params)
+    layers = None
+    if mesh.devices.flat[0].platform == "cpu":
+        # Else the loop's body copies every layer's weights out of the stacked array for each token. Elsewhere weights
+        # are too large to lie in memory twice.
+        layers = jax.lax.optimization_barrier(decoder.apart(weights.lora))
     keys = jax.vmap(stream_key)(asked.streams)
 
     def unfinished(carry):
@@ -153,7 +158,7 @@ def decode_chunk(weights: Weights, state: State, asked: Asked, n: int, *, graphd
         done = state.done | jnp.any(token[:, None] == asked.stop, axis=-1) | (produced >= asked.budget)
         # A row that is done writes behind its end, which nobody attends to.
         hidden, cache = decoder.extend(
-            token[:, None], state.length, state.cache, lora=weights.lora, adapter=weights.adapter
+            token[:, None], state.length, state.cache, lora=weights.lora, adapter=weights.adapter, layers=layers
         )
         state = pin(State(cache, hidden[:, 0], state.length + ~state.done, produced, done), mesh)
         return step + 1, state, tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)

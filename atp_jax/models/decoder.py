@@ -150,22 +150,26 @@ class Decoder(nnx.Module):
         x = x[:, width:].reshape(rows, group, count, -1)
         return jnp.where((jnp.arange(count) < lengths[..., None])[..., None], x, 0)
 
-    def extend(self, tokens, start, cache: KVCache, *, lora: Lora | None = None, adapter=None):
+    def apart(self, lora: Lora | None = None) -> list:
+        """Each layer's own weights, and its part of an adapter: what `extend` cuts out of the stacked ones."""
+        graph, stacked = nnx.split(self.layers)
+        worn = None if lora is None else (lora.a, lora.b)
+        cut = [jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, worn)) for index in range(self.config.num_layers)]
+        return [(nnx.merge(graph, params), worn) for params, worn in cut]
+
+    def extend(self, tokens, start, cache: KVCache, *, lora: Lora | None = None, adapter=None, layers=None):
         """Hidden states of new tokens that continue what the cache holds: prefill, append or decode.
 
         tokens int32 [B, T], start int32 [B]: token t of row b has position start[b] + t. Its key and value are
         written there (a position past the cache's end is not written anywhere) and it attends to all positions up to
         its own. -> ([B, T, H] after the last norm, the cache). What padding behind a row's own tokens leaves in the
         cache lies beyond the row's length: it is seen by no real token and is overwritten by later ones.
-        lora, adapter: what the rows wear, see `_adapt`.
+        lora, adapter: what the rows wear, see `_adapt`. layers: `apart(lora)`, where it was made before.
         """
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None]
-        graph, stacked = nnx.split(self.layers)
         x, keys, values = self._embed(tokens), [], []
-        for index in range(self.config.num_layers):
-            worn = None if lora is None else (lora.a, lora.b)
-            params, worn = jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, worn))
-            one, adapt = nnx.merge(graph, params), _adapt(lora, adapter, worn)
+        for index, (one, worn) in enumerate(layers or self.apart(lora)):
+            adapt = _adapt(lora, adapter, worn)
             query, key, value = one.projections(x, positions, adapt)
             keys.append(_write(cache.keys[index], positions, key))
             values.append(_write(cache.values[index], positions, value))
@@ -347,13 +351,12 @@ def attend_cached(query, keys, values, positions):
 def _attend_one(query, keys, values, positions):
     """The same as `_attend` for one query a row, as in decoding: [B, KV, G, 1, D], positions [B, 1].
 
-    The scores are [B, KV, S, G], cache first: a tall matrix times few columns is 8 times faster for XLA on a CPU than
-    few rows times the transposed tall matrix, and both read the whole cache.
+    The scores are made as [B, KV, S, G], cache first: for XLA on a CPU a tall matrix times few columns is faster than
+    few rows times the transposed tall matrix. Turned round before the softmax, they are read along S from there on.
     """
     query = query[:, :, :, 0]
-    scores = _dot("bksd,bkgd->bksg", keys, query, jnp.float32) * query.shape[-1] ** -0.5
-    allowed = (jnp.arange(keys.shape[2]) <= positions)[:, None, :, None]
-    scores = jnp.where(allowed, scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(2, keepdims=True))
-    attended = _dot("bksg,bksd->bkgd", weights.astype(values.dtype), values, jnp.float32)
-    return (attended / weights.sum(2)[..., None]).astype(values.dtype)[:, :, :, None]
+    scores = _dot("bksd,bkgd->bksg", keys, query, jnp.float32).swapaxes(2, 3) * query.shape[-1] ** -0.5
+    scores = jnp.where((jnp.arange(keys.shape[2]) <= positions)[:, None, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    attended = _dot("bkgs,bksd->bkgd", weights.astype(values.dtype), values, jnp.float32)
+    return (attended / weights.sum(-1, keepdims=True)).astype(values.dtype)[:, :, :, None]
