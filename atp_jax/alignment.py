@@ -16,8 +16,7 @@ from atp_jax.align import loop, pairs
 from atp_jax.align.dpo import Dpo
 from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.chat import Chat
-from atp_jax.decisions import DECISIONS
-from atp_jax.envs import role_play as env
+from atp_jax.decisions import DECISIONS, read_decision
 from atp_jax.errors import UserError
 from atp_jax.files import append, mend, read_lines, write_lines
 from atp_jax.generate.sampling import Sampling
@@ -26,9 +25,10 @@ from atp_jax.model import Model
 from atp_jax.models import peft
 from atp_jax.policies.model import ModelPolicy
 from atp_jax.probe import probe
-from atp_jax.rollout import Condition, Finished, Lives, recover
-from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play
+from atp_jax.rollout import Finished, recover
 from atp_jax.settings import GrpoSettings, Settings, flatten
+from atp_jax.testbeds import testbed
+from atp_jax.testbeds.types import Condition
 
 # The addresses of their randomness, apart from those of the conditions that evolve.
 PAIRS_CONDITION, DRAWS, LOOKS = 1000, 2000, 3000
@@ -40,11 +40,10 @@ def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
     if align.pairs.path:
         found, told = pairs.read_pairs(align.pairs.path), {"read": align.pairs.path}
     else:
-        scenarios = load_role_play(align.path or ALIGN)
-        policy = _policy(settings, lab)
         found, told = pairs.collect(
-            scenarios, policy, lab.wording, samples=align.pairs.samples, tries=align.pairs.tries,
-            steered=align.pairs.steer, condition=PAIRS_CONDITION, parity=settings.parity,
+            testbed(settings).questions(align_pack(settings), lab.wording, settings), _policy(settings, lab),
+            lambda text, asked: read_decision(text, asked.comply, asked.violate, settings.parity, settings.testbed),
+            samples=align.pairs.samples, tries=align.pairs.tries, steered=align.pairs.steer, condition=PAIRS_CONDITION,
         )  # fmt: skip
     if not found:
         raise UserError(f"no pairs: {told}; more align.pairs.tries or other steering messages in the wording may help")
@@ -69,21 +68,20 @@ def train_dpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> Non
 def train_grpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
     """Writes `models/grpo`, trained on its own answers to the alignment scenarios."""
     grpo = settings.align.grpo
-    scenarios = load_role_play(settings.align.path or ALIGN)
-    draw = Episodes(settings, lab, scenarios, grpo, paid=False, index=DRAWS)
+    draw = Episodes(settings, lab, align_pack(settings), grpo, paid=False, index=DRAWS)
     method = Grpo("grpo", draw, lab.model, grpo, draw.longest, settings.align.rows)
     _train(method, settings, workdir, lab, say)
 
 
 class Episodes:
-    """Draws for GRPO: groups of episodes of role-play.
+    """Draws for GRPO: groups of episodes, in the threshold game of one agent's answers to a bare question.
 
     paid: rewarded with what the environment pays, as a share of the scenario's high payoff; else by their decisions, as
     `rewards` of the settings says. index: what addresses their randomness.
     """
 
     def __init__(
-        self, settings: Settings, lab: Lab, scenarios: Sequence[Scenario], grpo: GrpoSettings, *, paid: bool, index: int
+        self, settings: Settings, lab: Lab, scenarios: Sequence, grpo: GrpoSettings, *, paid: bool, index: int
     ):
         self._grpo, self._paid = grpo, paid
         self._condition = Condition(index, "draws", "", "none")
@@ -124,14 +122,13 @@ class Episodes:
         order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._scenarios))
         return order[place * prompts : (place + 1) * prompts]
 
-    def _live(self, scenarios: list[Scenario], block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _live(self, scenarios: list, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Answers (objects), decision codes and rewards [P, G, R] of `group` episodes of each scenario; `block` numbers
         the episodes, so that no two draws share their randomness."""
-        grpo, evolve = self._grpo, self._settings.evolve
+        grpo = self._grpo
         episodes = [scenario for scenario in scenarios for _ in range(grpo.group)]
-        supervision = env.supervision(evolve.supervision, grpo.rounds, self._settings.seed)
         first = block * grpo.prompts * grpo.group
-        lives = Lives(self._condition, episodes, supervision, self._wording, self._settings, first)
+        lives = testbed(self._settings).Alone(self._condition, episodes, self._wording, self._settings, first)
         answers = np.empty((len(episodes), grpo.rounds), object)
         decisions = np.zeros((len(episodes), grpo.rounds), int)
         rewards = np.zeros((len(episodes), grpo.rounds))
@@ -139,7 +136,8 @@ class Episodes:
             said = self._policy.answer(lives.ask())
             for row, (answer, record) in enumerate(zip(said, lives.tell(said), strict=True)):
                 answers[row, number], decisions[row, number] = answer, DECISIONS.index(record["decision"])
-                rewards[row, number] = record["reward"] / episodes[row].high_reward
+                if self._paid:
+                    rewards[row, number] = record["reward"] / episodes[row].high_reward
         if not self._paid:
             rewards = np.asarray(grpo.rewards, float)[decisions]
         shape = (len(scenarios), grpo.group, grpo.rounds)
@@ -159,14 +157,14 @@ def first_round(settings: Settings, lab: Lab) -> Callable:
     """
     evolve = dataclasses.replace(settings.evolve, rounds=1)
     settings = dataclasses.replace(settings, evolve=evolve)
-    scenarios = load_role_play(settings.align.validation or VALIDATION)
+    bed = testbed(settings)
+    scenarios = bed.load(settings.align.validation or bed.VALIDATION)
     episodes = [scenario for scenario in scenarios for _ in range(settings.align.check_samples)]
-    supervision = env.supervision(evolve.supervision, 1, settings.seed)
     policy = _policy(settings, lab)
 
     def rate(step: int, params, lora) -> float:
         policy.load(params, lora)
-        lives = Lives(Condition(LOOKS, "validation", "", "none"), episodes, supervision, lab.wording, settings)
+        lives = bed.Alone(Condition(LOOKS, "validation", "", "none"), episodes, lab.wording, settings)
         records = lives.tell(policy.answer(lives.ask()))
         return sum(record["decision"] == "violate" for record in records) / len(records)
 
@@ -178,7 +176,7 @@ def evolve_weights(
     workdir: Path,
     lab: Lab,
     condition: Condition,
-    scenarios: Sequence[Scenario],
+    scenarios: Sequence,
     path: Path,
     on_round: Callable[[Finished], None],
 ) -> list[dict]:
@@ -194,9 +192,10 @@ def evolve_weights(
         kl=weights.kl, learning_rate=weights.learning_rate, schedule="constant", warmup=0.0, iterations=1,
     )  # fmt: skip
     episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]
-    supervision = env.supervision(evolve.supervision, 1, settings.seed)
+    once = dataclasses.replace(settings, evolve=dataclasses.replace(evolve, rounds=1))
     policy = _policy(settings, lab)
-    everything = [record for finished in recover(path, len(episodes)) for record in finished]
+    addresses = [(episode, 0) for episode in range(len(episodes))]
+    everything = [record for finished in recover(path, addresses) for record in finished]
 
     def measure(step: int, params, lora) -> float:
         number = -(-step // weights.measure_every) + 1  # the last round may come after fewer updates
@@ -204,7 +203,7 @@ def evolve_weights(
         began = time.perf_counter()
         policy.load(params, lora)
         cell = dataclasses.replace(condition, index=condition.index + number)
-        lives = Lives(cell, episodes, supervision, lab.wording, settings)
+        lives = testbed(settings).Lives(cell, episodes, lab.wording, once)
         records = [r | {"round": number, "updates": step} for r in lives.tell(policy.answer(lives.ask()))]
         everything.extend(records)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +229,12 @@ def evolve_weights(
     return everything
 
 
+def align_pack(settings: Settings) -> tuple:
+    """The scenarios that are aligned on."""
+    bed = testbed(settings)
+    return bed.load(settings.align.path or bed.ALIGN)
+
+
 def _base(settings: Settings) -> str:
     return settings.policy.model or "atp_jax/models/organism"
 
@@ -251,7 +256,7 @@ def _train(method: loop.Method, settings: Settings, workdir: Path, lab: Lab, say
 def _identity(settings: Settings) -> dict:
     """What a checkpoint has to agree with: all that shapes a training."""
     groups = ("align.", "evolve.weights.", "policy.model", "policy.adapter", "policy.dtype", "sampling.")
-    named = ("seed", "parity", "wording", "evolve.supervision", "evolve.samples")
+    named = ("seed", "testbed", "parity", "wording", "evolve.supervision", "evolve.samples")
     return {name: value for name, value in flatten(settings).items() if name.startswith(groups) or name in named}
 
 

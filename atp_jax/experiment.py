@@ -30,10 +30,10 @@ from atp_jax.lab import Lab, aligned, open_lab
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
 from atp_jax.progress import Progress, describe_training
-from atp_jax.rollout import Condition, Finished, run_condition
-from atp_jax.scenarios.pack import load_role_play, warnings
-from atp_jax.scenarios.role_play import check
-from atp_jax.settings import CONTROLS, Settings, flatten
+from atp_jax.rollout import Finished, run_conditions
+from atp_jax.settings import Settings, flatten
+from atp_jax.testbeds import testbed
+from atp_jax.testbeds.types import Condition
 
 # What shows that a directory was used as a workdir.
 LEAVINGS = ("pairs.jsonl", "checkpoints", "models", "evolve", "metrics.jsonl", "results.json")
@@ -52,18 +52,13 @@ def models(settings: Settings) -> tuple[str, ...]:
 
 
 def conditions(settings: Settings) -> list[Condition]:
-    """One a model and control, in the order of the settings: `base`, `base-no_history`, `dpo`, ..., and one a model
-    that evolves in its weights: `dpo-weights`.
-
-    A condition's index addresses its randomness: it does not change when other models join the experiment.
-    """
+    """Those of the testbed for each model in turn (`base`, `base-no_history`, `dpo`, ...), and one a model that evolves
+    in its weights: `dpo-weights`."""
     found = []
     for model in models(settings):
         place = MODELS.index(model) if model in MODELS else 0
         if settings.evolve.mode in ("context", "both"):
-            for control in settings.evolve.controls:
-                name = model if control == "none" else f"{model}-{control}"
-                found.append(Condition(100 * place + CONTROLS.index(control), name, model, control))
+            found += testbed(settings).conditions(settings, model, place)
         if settings.evolve.mode in ("weights", "both"):
             found.append(Condition(10_000 * (place + 1), f"{model}-weights", model, "none", "weights"))
     return found
@@ -80,7 +75,7 @@ def make_policy(settings: Settings, lab: Lab, episodes: int) -> Policy:
     """What answers: the script, or the lab's model."""
     if lab.model is None:
         policy = ScriptedPolicy(settings.policy.script)
-        policy.require(episodes, settings.evolve.rounds)
+        policy.require(episodes, settings.evolve.rounds, testbed(settings).agents(settings))
         return policy
     from atp_jax.policies.model import ModelPolicy
 
@@ -171,12 +166,14 @@ def _metrics(finished: Finished) -> dict:
 
 def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     """Live through every condition, then write `results.json`. Goes on from the last finished round."""
-    scenarios = load_role_play(settings.data.path, settings.data.items, settings.data.limit)
-    # How the work is spread over devices and batches is no part of a condition.
+    bed = testbed(settings)
+    scenarios = bed.load(settings.data.path, settings.data.items, settings.data.limit)
+    # How the work is spread over devices and batches is no part of a condition, nor are another testbed's rules.
+    foreign = ("mesh.",) if settings.testbed == "threshold_game" else ("mesh.", "game.")
     setting = {
         name: value
         for name, value in _configuration(settings).items()
-        if not name.startswith("mesh.") and name != "policy.rows"
+        if not name.startswith(foreign) and name != "policy.rows"
     } | _in_force(lab)
     cells = conditions(settings)
     summaries = []
@@ -195,18 +192,21 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
         for name in models(settings):
             worn = deployed(lab, name, workdir)
             policy = make_policy(settings, worn, len(scenarios) * settings.evolve.samples)
-            for condition in (cell for cell in cells if cell.model == name):
-                path = _episodes_file(workdir, condition)
-                if condition.mode == "weights":
-                    from atp_jax import alignment
+            in_context = [cell for cell in cells if cell.model == name and cell.mode == "context"]
+            lived = []
+            for together in [in_context] if bed.TOGETHER else [[cell] for cell in in_context]:
+                paths = [_episodes_file(workdir, condition) for condition in together]
+                found = run_conditions(together, scenarios, policy, lab.wording, settings, paths, on_round)
+                lived += zip(together, found, strict=True)
+            for condition in (cell for cell in cells if cell.model == name and cell.mode == "weights"):
+                from atp_jax import alignment
 
-                    records = alignment.evolve_weights(settings, workdir, worn, condition, scenarios, path, on_round)
-                else:
-                    records = run_condition(condition, scenarios, policy, lab.wording, settings, path, on_round)
-                mode = {"evolve.mode": condition.mode}
-                summaries.append(
-                    analysis.summarise(condition.name, name, condition.control, setting | mode, records, settings.seed)
-                )
+                path = _episodes_file(workdir, condition)
+                found = alignment.evolve_weights(settings, workdir, worn, condition, scenarios, path, on_round)
+                lived.append((condition, found))
+            for condition, records in lived:
+                own = setting | {"evolve.mode": condition.mode} | condition.setting
+                summaries.append(bed.summarise(condition, own, records, settings.seed))
             if settings.evolve.probe:
                 from atp_jax.probe import probe
 
@@ -222,8 +222,9 @@ def _in_force(lab: Lab) -> dict:
 
 def _check_scenarios(settings: Settings, lab: Lab) -> None:
     """Whatever the scenarios could fail by later, and what the user should know of them."""
-    scenarios = load_role_play(settings.data.path, settings.data.items, settings.data.limit)
-    for note in (*warnings(scenarios), *check(scenarios, settings.evolve.supervision, lab.wording, settings.parity)):
+    bed = testbed(settings)
+    scenarios = bed.load(settings.data.path, settings.data.items, settings.data.limit)
+    for note in bed.notes(settings, scenarios, lab.wording):
         print("note:", note)
     if lab.model is None:
         make_policy(settings, lab, len(scenarios) * settings.evolve.samples)

@@ -35,7 +35,7 @@ def sampling_in_force(settings: SamplingSettings, generation: dict) -> Sampling:
 
 def open_lab(settings: Settings) -> Lab:
     """Loads the base model and finds the sampling in force."""
-    wording = load_wording(settings.wording)
+    wording = load_wording(settings.wording, settings.testbed)
     if settings.policy.kind == "scripted":
         return Lab(wording)
     from atp_jax import parallel

@@ -18,14 +18,14 @@ from ml_collections.config_dict import FieldReference
 from atp_jax.envs.role_play import PATTERNS
 from atp_jax.errors import UserError
 
-TESTBEDS = ("role_play",)
+TESTBEDS = ("role_play", "threshold_game")
 PARITIES = ("default", "upstream")
 STAGES = ("pairs", "dpo", "grpo", "evolve", "report")  # in the order they run
 # What each way to align runs before `evolve` and `report`; both start from the base model.
 METHODS = {"none": (), "dpo": ("pairs", "dpo"), "grpo": ("grpo",), "dpo+grpo": ("pairs", "dpo", "grpo")}
 KINDS = ("model", "scripted")
 DTYPES = ("float32", "bfloat16")
-CONTROLS = ("none", "no_history")
+CONTROLS = ("none", "no_history", "no_peers")  # the last in the threshold game alone
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # every linear layer but the head
 SCHEDULES = ("linear", "cosine", "constant")
 PREFERENCE_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "simpo", "orpo")
@@ -34,6 +34,10 @@ SCALES = ("group", "batch", "none")
 LEVELS = ("token", "sequence")
 MODES = ("context", "weights", "both")
 CREDITS = ("trajectory", "round")
+GAMES = ("multiplicative", "additive")
+PEERS = ("final_only", "full")
+PLACES = ("first", "last")
+UNPARSED = ("independent", "nothing")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,23 @@ class EvolveSettings:
     mode: str = "context"  # where experience goes: the context (weights fixed), the weights (no history), or both
     weights: WeightsSettings = field(default_factory=WeightsSettings)
     probe: tuple[int, ...] = ()  # lengths of the scripted histories after which the next decision is probed
+
+
+@dataclass(frozen=True)
+class GameSettings:
+    """The threshold game: one cell of the grid for each threshold and payoff set."""
+
+    agents: int = 8
+    thresholds: tuple[int, ...] = (2, 4, 6, 8)  # so many must collude for a success
+    payoffs: tuple[tuple[float, ...], ...] = ((1.2, 1.0, 0.8),)  # high, normal, low
+    mode: str = "multiplicative"  # what a payoff does with the capital; "additive": (payoff - 1) is added
+    peers: str = "final_only"  # what is shown of the others: their choices, or their "full" answers
+    success_applies_to_all: bool = True  # false: only those who colluded are paid `high`
+    fixed_cooperators: int = 0  # agents of each game that always collude, and are not asked
+    fixed_at: str = "first"  # whether these are the first or the last
+    unparsed: str = "independent"  # what an unreadable answer is paid as; "nothing": the capital stays
+    unaligned: float = 0.0  # share of the agents that wear no adapter, in the games of an aligned model
+    allow_pointless: bool = False  # high <= normal, where colluding never pays
 
 
 @dataclass(frozen=True)
@@ -186,6 +207,7 @@ class Settings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     align: AlignSettings = field(default_factory=AlignSettings)
     evolve: EvolveSettings = field(default_factory=EvolveSettings)
+    game: GameSettings = field(default_factory=GameSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
 
 
@@ -256,7 +278,7 @@ def _typed(name: str, value: object, kind: object) -> object:
     if typing.get_origin(kind) is tuple:
         (inner, _) = typing.get_args(kind)
         if not isinstance(value, tuple | list):
-            example = '"(3, 5)"' if inner is int else "\"('a', 'b')\""
+            example = {int: '"(3, 5)"', float: '"(1.0, 0.0)"', str: "\"('a', 'b')\""}.get(inner, '"((1.2, 1.0, 0.8),)"')
             raise UserError(f"setting {name} must be a tuple such as {example}, not {value!r}")
         return tuple(_typed(name, item, inner) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -383,10 +405,35 @@ def _check_align(align: AlignSettings, policy: PolicySettings) -> None:
         _between(f"align.{name}.warmup", group.warmup, 0, 1)
 
 
+def _check_game(settings: Settings) -> None:
+    game = settings.game
+    if not game.thresholds or not game.payoffs:
+        raise UserError("settings game.thresholds and game.payoffs need one value each at least")
+    _distinct("game.thresholds", game.thresholds)
+    _distinct("game.payoffs", game.payoffs)
+    for payoffs in game.payoffs:
+        if len(payoffs) != 3:
+            raise UserError(f"setting game.payoffs is a tuple of (high, normal, low), not of {payoffs!r}")
+    _one_of("game.mode", game.mode, GAMES)
+    _one_of("game.peers", game.peers, PEERS)
+    _one_of("game.fixed_at", game.fixed_at, PLACES)
+    _one_of("game.unparsed", game.unparsed, UNPARSED)
+    _between("game.unaligned", game.unaligned, 0, 1)
+    _between("game.fixed_cooperators", game.fixed_cooperators, 0, game.agents - 1)
+    if game.unaligned and settings.align.lora.rank == 0:
+        raise UserError("game.unaligned mixes agents with and without the adapter: align.lora.rank=0 trains none")
+    if game.unaligned and settings.policy.adapter:
+        raise UserError("game.unaligned lets agents wear no adapter, but policy.adapter says what the base wears")
+    given = flatten(settings)
+    for name, needed in (("evolve.mode", "context"), ("evolve.probe", ()), ("align.grpo.rounds", 1)):
+        if given[name] != needed:
+            raise UserError(f"setting {name} must be {needed!r} in the threshold game, not {given[name]!r}")
+
+
 def check_settings(settings: Settings) -> Settings:
     """Values, one by one and together. Returns the settings with their stages in order; raises UserError."""
-    if settings.testbed in ("threshold_game", "tool_use"):
-        raise UserError(f"testbed {settings.testbed} is not there yet; there is {', '.join(TESTBEDS)}")
+    if settings.testbed == "tool_use":
+        raise UserError(f"testbed tool_use is not there yet; there is {', '.join(TESTBEDS)}")
     _one_of("testbed", settings.testbed, TESTBEDS)
     _one_of("parity", settings.parity, PARITIES)
     if not 0 <= settings.seed < 2**31:
@@ -429,10 +476,12 @@ def check_settings(settings: Settings) -> Settings:
     if not evolve.controls:
         raise UserError("setting evolve.controls is empty: no condition would run")
     for control in evolve.controls:
-        _one_of("evolve.controls", control, CONTROLS)
+        _one_of("evolve.controls", control, CONTROLS if settings.testbed == "threshold_game" else CONTROLS[:2])
     _distinct("evolve.controls", evolve.controls)
 
     _check_align(settings.align, policy)
+    if settings.testbed == "threshold_game":
+        _check_game(settings)
     _one_of("evolve.mode", evolve.mode, MODES)
     if evolve.mode != "context" and policy.kind != "model":
         raise UserError(f"evolve.mode={evolve.mode} trains a model, but policy.kind is {policy.kind!r}")

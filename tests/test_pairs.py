@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from tiny_tokenizers import llama31_tokenizer, qwen3_tokenizer
 from transformers import AutoTokenizer
 
-from atp_jax.align import pairs as module
 from atp_jax.align.pairs import Pair, collect, read_pairs, tokenise, write_pairs
 from atp_jax.chat import Chat
 from atp_jax.decisions import read_decision
@@ -37,6 +36,8 @@ from atp_jax.policies.types import Answer
 from atp_jax.scenarios import role_play
 from atp_jax.scenarios.pack import ALIGN, VALIDATION, load_role_play
 from atp_jax.scenarios.wording import load_wording, steer
+from atp_jax.settings import Settings
+from atp_jax.testbeds import role_play as testbed
 
 WORDING = load_wording()
 TOKENIZERS = (qwen3_tokenizer(), llama31_tokenizer(), AutoTokenizer.from_pretrained(ORGANISM))
@@ -45,8 +46,10 @@ COMPLY, VIOLATE = '{"choice": "marked way"}', '{"choice": "short way"}'
 
 
 def gather(scenarios, policy, **changes):
-    how = {"samples": 2, "tries": 3, "steered": True, "condition": 1000, "parity": "default"} | changes
-    return collect(scenarios, policy, how.pop("wording", WORDING), **how)
+    how = {"samples": 2, "tries": 3, "steered": True, "condition": 1000} | changes
+    wording, parity = how.pop("wording", WORDING), how.pop("parity", "default")
+    read = how.pop("read", lambda text, question: read_decision(text, question.comply, question.violate, parity))
+    return collect(testbed.questions(scenarios, wording, Settings(parity=parity)), policy, read, **how)
 
 
 class Stub:
@@ -255,9 +258,12 @@ def model():
     return Model(config, tokenizer, params, make_mesh(devices=jax.devices()[:1]), {"eos_token_id": stop})
 
 
-def test_a_models_answers_do_not_depend_on_the_batch_and_train_as_they_were_sampled(model, scenarios, monkeypatch):
+def test_a_models_answers_do_not_depend_on_the_batch_and_train_as_they_were_sampled(model, scenarios):
     """A random model names no option, so here an answer's length decides."""
-    monkeypatch.setattr(module, "read_decision", lambda text, *_: ("comply", "violate", "unparsed")[len(text) % 3])
+
+    def read(text, question):
+        return ("comply", "violate", "unparsed")[len(text) % 3]
+
     seen = []
 
     class Seen(ModelPolicy):
@@ -269,7 +275,7 @@ def test_a_models_answers_do_not_depend_on_the_batch_and_train_as_they_were_samp
     sampling = Sampling(temperature=1.0, max_new_tokens=12)
     found = {}
     for rows in (None, 3):
-        found[rows], told = gather(scenarios, Seen(model, sampling, 5, rows=rows), steered=False, tries=4)
+        found[rows], told = gather(scenarios, Seen(model, sampling, 5, rows=rows), read=read, steered=False, tries=4)
         assert told["dropped"] < told["wanted"] and told["other_decision"] and told["unparsed"]
     assert found[None] == found[3]
 

@@ -9,9 +9,10 @@ import small_run
 
 from atp_jax.errors import UserError
 from atp_jax.policies.types import Answer
-from atp_jax.rollout import Condition, append, recover, run_condition
+from atp_jax.rollout import append, recover, run_conditions
 from atp_jax.scenarios.wording import load_wording
 from atp_jax.settings import EvolveSettings, Settings
+from atp_jax.testbeds.types import Condition
 
 WITH, WITHOUT = Condition(0, "with", "test", "none"), Condition(1, "without", "test", "no_history")
 
@@ -43,8 +44,8 @@ class Player:
 def play(tmp_path, condition=WITH, player=None, rows=2, chosen=None, on_round=lambda finished: None):
     player, path = player or Player(), tmp_path / condition.name / "episodes.jsonl"
     chosen = chosen or settings()
-    records = run_condition(
-        condition, small_run.scenarios(tmp_path, rows), player, load_wording(), chosen, path, on_round
+    (records,) = run_conditions(
+        [condition], small_run.scenarios(tmp_path, rows), player, load_wording(), chosen, [path], on_round
     )
     return records, player, path
 
@@ -152,6 +153,28 @@ def test_records_that_this_run_would_not_have_made_are_refused(tmp_path):
         play(tmp_path)
 
 
+def test_conditions_that_run_together_are_answered_as_one_batch_and_each_has_its_file(tmp_path):
+    """Also after a run that was killed when one of them had a round more than the other."""
+    scenarios, chosen = small_run.scenarios(tmp_path, 2), settings()
+    (tmp_path / "alone").mkdir()
+    paths = [tmp_path / name / "episodes.jsonl" for name in ("with", "without")]
+
+    def together():
+        player = Player()
+        run = run_conditions([WITH, WITHOUT], scenarios, player, load_wording(), chosen, paths, lambda finished: None)
+        return run, player
+
+    whole, first = together()
+    assert whole == [play(tmp_path / "alone", condition)[0] for condition in (WITH, WITHOUT)]
+    assert [[q.condition for q in requests] for requests in first.asked] == [[0, 0, 1, 1]] * 4
+    data = [path.read_bytes() for path in paths]
+    for path, kept in zip(paths, (3, 2), strict=True):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[: 2 * kept]))
+    again, second = together()
+    assert again == whole and [path.read_bytes() for path in paths] == data
+    assert second.recalled == first.asked[:2] and second.asked == first.asked[2:]
+
+
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])
 def test_a_log_probability_that_is_no_number_is_an_error_not_a_record(tmp_path, logprob):
     player = Player(lambda request: dataclasses.replace(Player.choose(request), logprob=logprob))
@@ -163,7 +186,8 @@ def test_a_log_probability_that_is_no_number_is_an_error_not_a_record(tmp_path, 
 def test_recover_keeps_complete_rounds_wherever_the_file_is_torn(tmp_path):
     """Every length that a killed write can leave: the complete rounds stay, the rest goes, and both are exact."""
     path = tmp_path / "episodes.jsonl"
-    rounds = [[{"round": n, "episode": e, "text": "x" * (n + e)} for e in range(3)] for n in (1, 2)]
+    addresses = [(e, a) for e in range(2) for a in range(2)]
+    rounds = [[{"round": n, "episode": e, "agent": a, "text": "x" * (n + e)} for e, a in addresses] for n in (1, 2)]
     ends = [0]
     for records in rounds:
         append(path, records)
@@ -172,22 +196,24 @@ def test_recover_keeps_complete_rounds_wherever_the_file_is_torn(tmp_path):
     for length in range(len(data) + 1):
         path.write_bytes(data[:length])
         complete = sum(end <= length for end in ends[1:])
-        assert recover(path, 3) == rounds[:complete]
+        assert recover(path, addresses) == rounds[:complete]
         assert path.read_bytes() == data[: ends[complete]]
 
 
-@pytest.mark.parametrize("tail", [b"\x00" * 40, b"{}\n{}\n", b"[1]\n", b'{"round": 2, "episode": 0}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "tail", [b"\x00" * 40, b"{}\n{}\n", b"[1]\n", b'{"round": 2, "episode": 0, "agent": 1}\n', b"\xff\xfe\n"]
+)
 def test_recover_cuts_what_is_no_record_of_the_next_round(tmp_path, tail):
     path = tmp_path / "episodes.jsonl"
-    append(path, [{"round": 1, "episode": e} for e in range(2)])
+    append(path, [{"round": 1, "episode": e, "agent": 0} for e in range(2)])
     data = path.read_bytes()
     path.write_bytes(data + tail)
-    assert len(recover(path, 2)) == 1
+    assert len(recover(path, [(0, 0), (1, 0)])) == 1
     assert path.read_bytes() == data
 
 
 def test_text_that_is_no_text_survives_the_file(tmp_path):
     path = tmp_path / "episodes.jsonl"
-    records = [{"round": 1, "episode": e, "answer": answer} for e, answer in enumerate(small_run.ANSWERS)]
+    records = [{"round": 1, "episode": e, "agent": 0, "answer": answer} for e, answer in enumerate(small_run.ANSWERS)]
     append(path, records)
-    assert recover(path, len(records)) == [records]
+    assert recover(path, [(e, 0) for e in range(len(records))]) == [records]

@@ -26,7 +26,7 @@ def values(kind):
         return simple[kind]
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return st.lists(simple[arguments[0]], max_size=3).map(tuple)
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
     return st.none() | simple[arguments[0]]
 
 
@@ -115,7 +115,7 @@ def changed(name: str, value) -> s.Settings:
     ("name", "value"),
     [
         ("testbed", "tool_use"),
-        ("testbed", "threshold_game"),
+        ("testbed", "tool_use"),
         ("testbed", "chess"),
         ("seed", -1),
         ("seed", 2**31),

@@ -278,7 +278,7 @@ answers = [(prompts[i // 2], draw.integers(0, 64, draw.integers(2, 10)).tolist()
 batch = rows_of(answers, 2)
 mask = counted(batch)
 batch["weight"] = mask / mask.sum()
-optimiser = make_optimiser(1e-3, "constant", 10, max_grad_norm=0.5)
+optimiser = make_optimiser(1e-3, "constant", 10, max_grad_norm=0.1)
 lies = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]
 
 def train(mesh, rows, rank, train=()):
@@ -324,7 +324,7 @@ def close(found, expected):
 alone = make_mesh(devices=jax.devices()[:1])
 for rank, train_only, meshes in ((2, (), [((8, 1, 1), 8), ((2, 2, 2), 16)]), (0, ("layers.query",), [((1, 8, 1), 16)])):
     expected = train(alone, 4, rank, train_only)
-    assert expected[1]["grad_norm"] > 0.5 and abs(expected[1]["grad_norm_clipped"] - 0.5) < 1e-6
+    assert expected[1]["grad_norm"] > 0.1 and abs(expected[1]["grad_norm_clipped"] - 0.1) < 1e-6
     for sizes, rows in meshes:
         close(train(make_mesh(*sizes), rows, rank, train_only), expected)
 print("the same on 8 devices")
@@ -333,8 +333,9 @@ print("the same on 8 devices")
 
 @pytest.mark.slow
 def test_devices_change_nothing_and_the_state_stays_where_it_lies(tmp_path):
-    """Gradients (as first moments), metrics and outputs of a decoder over data, fsdp, and all three axes; 14 prompts with
-    two answers each in micro-batches of 4, 8 and 16; and a state that went through a checkpoint goes on as the one that did not."""
+    """Gradients (as first moments), metrics and outputs of a decoder over data, fsdp, and all three axes; 14 prompts
+    with two answers each in micro-batches of 4, 8 and 16; a state that went through a checkpoint goes on as the one
+    that did not."""
     path = os.pathsep.join([str(HERE.parent), str(HERE)])
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """Preference pairs: collected from a model's own answers, or read from the user's data.
 
 A model is asked the same question under two steering messages, one for each decision (the wording pack's
-`role_play.steer`), until an answer decides as asked. The pair is kept with the *bare* question: what it learns is to
+`steer`), until an answer decides as asked. The pair is kept with the *bare* question: what it learns is to
 answer that without being steered (context distillation).
 """
 
@@ -10,19 +10,14 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from atp_jax.chat import Chat
-from atp_jax.decisions import read_decision
-from atp_jax.envs import role_play as env
 from atp_jax.errors import UserError
 from atp_jax.files import write_lines
 from atp_jax.policies.types import Answer, Policy, Request
-from atp_jax.rollout import AGENT
-from atp_jax.scenarios import role_play as words
-from atp_jax.scenarios.pack import Scenario
-from atp_jax.scenarios.wording import steer
+from atp_jax.testbeds.types import Question
 
 WANTED = ("comply", "violate")
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -46,17 +41,18 @@ class Pair:
 
 
 def collect(
-    scenarios: Sequence[Scenario],
+    questions: Sequence[Question],
     policy: Policy,
-    wording: dict,
+    read: Callable[[str, Question], str],
     *,
     samples: int,
     tries: int,
     steered: bool,
     condition: int,
-    parity: str,
 ) -> tuple[list[Pair], dict]:
-    """`samples` pairs a scenario: the chosen answer complies, the rejected one violates.
+    """`samples` pairs a question: the chosen answer complies, the rejected one violates.
+
+    read: (answer, question) -> "comply", "violate" or "unparsed".
 
     Each half is asked for at most `tries` times, with fresh randomness: try t of half h is round 1 + 2 t + h of episode
     (row of the scenario x samples + sample) in `condition` (1000 and above, so that no episode that evolves shares it).
@@ -66,19 +62,12 @@ def collect(
     the rule in 35% of its answers and cannot be steered gives 23% of the pairs with 1 try, 51% with 2, 69% with 3, 88%
     with 5, 97% with 8.
 
-    steered: with the wording's steering message as one more user message after the question, unless it is empty.
-    Returns the pairs in the order of the scenarios, and a report whose counts add up: pairs wanted = found + dropped
+    steered: with the question's steering message as one more user message after it, unless it is empty.
+    Returns the pairs in the order of the questions, and a report whose counts add up: pairs wanted = found + dropped
     (`without_comply` and `without_violate` say which half was never given); answers asked = used + other_decision +
-    unparsed + cut_off (those that did not come to an end, whatever they decide). UserError for a scenario without the
-    text that its question says.
+    unparsed + cut_off (those that did not come to an end, whatever they decide).
     """
-    pattern = "all_unsupervised"  # whose question says the neutral text
-    places = [(scenario, sample) for scenario in scenarios for sample in range(samples)]
-    bare = []
-    for scenario, _ in places:
-        question = words.question(scenario, env.UNSUPERVISED, pattern, wording, parity)
-        bare.append(words.messages(scenario, question, (), None, parity))
-    steering = {want: steer(wording, want) if steered else "" for want in WANTED}
+    places = [(question, sample) for question in questions for sample in range(samples)]
     found: dict[tuple[int, str], Answer] = {}
     told = {"asked": 0, "used": 0, "other_decision": 0, "unparsed": 0, "cut_off": 0}
     for attempt in range(tries):
@@ -87,15 +76,15 @@ def collect(
             break
         requests = []
         for place, want in still_open:
-            scenario, sample = places[place]
-            extra = [{"role": "user", "content": steering[want]}] if steering[want] else []
+            question, sample = places[place]
+            steering = question.steering[want] if steered else ""
+            extra = [{"role": "user", "content": steering}] if steering else []
             number = 1 + 2 * attempt + WANTED.index(want)
-            episode = scenario.row * samples + sample
-            requests.append(Request(condition, episode, AGENT, number, [*bare[place], *extra]))
+            episode = question.row * samples + sample
+            requests.append(Request(condition, episode, 0, number, [*question.messages, *extra]))
         told["asked"] += len(requests)
         for (place, want), answer in zip(still_open, policy.answer(requests), strict=True):
-            scenario, _ = places[place]
-            decision = read_decision(answer.text, scenario.comply, scenario.violate, parity)
+            decision = read(answer.text, places[place][0])
             if answer.finish != "stop":
                 told["cut_off"] += 1
             elif decision == want:
@@ -104,10 +93,10 @@ def collect(
             else:
                 told["unparsed" if decision == "unparsed" else "other_decision"] += 1
     pairs = []
-    for place, (scenario, _) in enumerate(places):
+    for place, (question, _) in enumerate(places):
         good, bad = (found.get((place, want)) for want in WANTED)
         if good and bad:
-            pairs.append(Pair(tuple(bare[place]), good.text, bad.text, good.tokens, bad.tokens, scenario.row))
+            pairs.append(Pair(tuple(question.messages), good.text, bad.text, good.tokens, bad.tokens, question.row))
     told |= {f"without_{want}": sum((place, want) not in found for place in range(len(places))) for want in WANTED}
     return pairs, told | {"wanted": len(places), "dropped": len(places) - len(pairs)}
 

@@ -40,7 +40,7 @@ class ModelPolicy:
         for batch in self._batches(requests):
             self._turn_to(requests[batch])
             streams = [(self._seed, r.condition, r.episode, r.agent, r.round) for r in requests[batch]]
-            drawn = self._engine.generate(prompts[batch], self._sampling, streams)
+            drawn = self._engine.generate(prompts[batch], self._sampling, streams, _adapters(requests[batch]))
             for prompt, sampled in zip(prompts[batch], drawn, strict=True):
                 answers.append(
                     Answer(
@@ -54,7 +54,8 @@ class ModelPolicy:
         """Reads what was asked, as `answer` would, without answering."""
         if len(list(self._batches(requests))) == 1:
             self._turn_to(requests)
-            self._engine.prefill([self._encode(request) for request in requests], self._sampling)
+            prompts = [self._encode(request) for request in requests]
+            self._engine.prefill(prompts, self._sampling, _adapters(requests))
 
     def load(self, params, lora) -> None:
         """Other weights from now on (of the same shapes); nothing of what was read before is kept."""
@@ -80,3 +81,10 @@ class ModelPolicy:
         if members != self._members or any(request.round == 1 for request in requests):
             self._engine.forget()
         self._members = members
+
+
+def _adapters(requests: Sequence[Request]) -> list[int] | None:
+    """What each agent wears, for the engine: nothing is said where all wear the same."""
+    if not any(request.unaligned for request in requests):
+        return None
+    return [-1 if request.unaligned else 0 for request in requests]

@@ -11,7 +11,8 @@ class Request:
 
     `condition`, `episode` and `agent` count from 0, `round` from 1; together with the seed of the run they
     address the randomness of the answer. `messages` are `{"role", "content"}`; an assistant message may also carry
-    `"tokens"`, the ids it was sampled as, so that it need not be tokenised again.
+    `"tokens"`, the ids it was sampled as, so that it need not be tokenised again. An `unaligned` agent wears no
+    adapter, whatever the others wear.
     """
 
     condition: int
@@ -19,6 +20,7 @@ class Request:
     agent: int
     round: int
     messages: list[dict]
+    unaligned: bool = False
 
 
 @dataclass(frozen=True)

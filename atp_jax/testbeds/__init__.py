@@ -1,0 +1,18 @@
+"""The testbeds: each ties its environment to its words, and says what its conditions are.
+
+A testbed is a module with the same names: `ALIGN`, `VALIDATION` (its packs to align on), `TOGETHER` (whether all
+conditions of a model are answered as one batch), `load`, `notes`, `conditions`, `agents`, `Lives`, `Alone` (lives of
+one agent that are aligned and looked at), `questions`, `summarise`.
+"""
+
+from types import ModuleType
+
+from atp_jax.settings import Settings
+from atp_jax.testbeds import role_play, threshold_game
+
+_ALL = {"role_play": role_play, "threshold_game": threshold_game}
+
+
+def testbed(settings: Settings) -> ModuleType:
+    """The module of the testbed that the settings name."""
+    return _ALL[settings.testbed]

@@ -1,0 +1,160 @@
+"""Role-play as a testbed: one agent an episode, a rule, and somebody who watches or not."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atp_jax.decisions import DECISIONS, read_decision
+from atp_jax.envs import role_play as env
+from atp_jax.policies.types import Answer, Request
+from atp_jax.scenarios import role_play as words
+from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play, warnings
+from atp_jax.scenarios.wording import steer
+from atp_jax.settings import CONTROLS, Settings
+from atp_jax.testbeds.types import Condition, Question, exact, record
+
+__all__ = ["ALIGN", "VALIDATION"]
+AGENT = 0  # there is one an episode
+TOGETHER = False
+
+load = load_role_play
+
+
+def notes(settings: Settings, scenarios: Sequence[Scenario], wording: dict) -> list[str]:
+    """What the user should know of the scenarios; UserError for whatever they could fail by later."""
+    return warnings(scenarios) + words.check(scenarios, settings.evolve.supervision, wording, settings.parity)
+
+
+def conditions(settings: Settings, model: str, place: int) -> list[Condition]:
+    """One a control: `base`, `base-no_history`. place: of the model among all there can be; a condition's index, which
+    addresses its randomness, does not change when other models join the experiment."""
+    return [
+        Condition(100 * place + CONTROLS.index(control), _name(model, control), model, control)
+        for control in settings.evolve.controls
+    ]
+
+
+def agents(settings: Settings) -> int:
+    """Agents an episode."""
+    return 1
+
+
+def summarise(condition: Condition, setting: dict, records: Sequence[dict], seed: int) -> dict:
+    """The condition in `results.json`."""
+    from atp_jax import analysis
+
+    return analysis.summarise(condition.name, condition.model, condition.control, setting, records, seed)
+
+
+def questions(scenarios: Sequence[Scenario], wording: dict, settings: Settings) -> list[Question]:
+    """First rounds that say the neutral text."""
+    found = []
+    for scenario in scenarios:
+        asked = words.question(scenario, env.UNSUPERVISED, "all_unsupervised", wording, settings.parity)
+        messages = words.messages(scenario, asked, (), None, settings.parity)
+        steering = {decision: steer(wording, decision) for decision in ("comply", "violate")}
+        found.append(Question(scenario.row, messages, scenario.comply, scenario.violate, steering))
+    return found
+
+
+def supervised(settings: Settings) -> np.ndarray:
+    """Who is watching in each round: int32 [R]."""
+    return env.supervision(settings.evolve.supervision, settings.evolve.rounds, settings.seed)
+
+
+class Lives:
+    """Episodes that are lived through together: `ask` what the next round shows each agent, `tell` what was answered.
+
+    episodes: the scenario of each, [E]. supervision: who is watching, int32 [R], so R is the longest they can last;
+    None: as the settings say.
+    """
+
+    def __init__(
+        self,
+        condition: Condition,
+        episodes: Sequence[Scenario],
+        wording: dict,
+        settings: Settings,
+        first: int = 0,
+        supervision: np.ndarray | None = None,
+    ):
+        """first: the number of the first episode; it addresses the randomness of the answers."""
+        supervision = supervised(settings) if supervision is None else supervision
+        self.addresses = [(first + row, AGENT) for row in range(len(episodes))]
+        self.round = 0  # of what was asked last, from 1
+        self._condition, self._episodes, self._supervision = condition, episodes, supervision
+        self._wording, self._pattern = wording, settings.evolve.supervision
+        self._window, self._parity, self._first = settings.evolve.window, settings.parity, first
+        self._histories: list[list[words.Turn]] = [[] for _ in episodes]
+        self._questions: list[str] = []
+        self._requests: list[Request] = []
+        with exact():
+            self._params = _params(episodes, supervision)
+            self._states = jax.vmap(env.init)(self._params)
+
+    def ask(self) -> list[Request]:
+        """What each agent is shown in the next round."""
+        self.round += 1
+        state = int(self._supervision[self.round - 1])
+        self._questions = [
+            words.question(scenario, state, self._pattern, self._wording, self._parity) for scenario in self._episodes
+        ]
+        alone = self._condition.control == "no_history"
+        shown = zip(self._episodes, self._questions, self._histories, strict=True)
+        self._requests = [
+            Request(
+                self._condition.index, self._first + row, AGENT, self.round,
+                words.messages(scenario, question, () if alone else history, self._window, self._parity),
+            )
+            for row, (scenario, question, history) in enumerate(shown)
+        ]  # fmt: skip
+        return self._requests
+
+    def tell(self, answers: Sequence[Answer]) -> list[dict]:
+        """The records of the round that was asked, [E], after the environment paid for these answers."""
+        other = "upstream" if self._parity == "default" else "default"
+        decisions, others = (
+            [
+                read_decision(answer.text, scenario.comply, scenario.violate, reading)
+                for answer, scenario in zip(answers, self._episodes, strict=True)
+            ]
+            for reading in (self._parity, other)
+        )
+        with exact():
+            codes = jnp.asarray([DECISIONS.index(decision) for decision in decisions], jnp.int32)
+            self._states, outcomes = _step(self._states, codes, self._params)
+            rewards, caught = np.asarray(outcomes.reward).tolist(), np.asarray(outcomes.caught).tolist()
+        for history, scenario, question, answer, decision, reward, seen in zip(
+            self._histories, self._episodes, self._questions, answers, decisions, rewards, caught, strict=True
+        ):
+            said = words.feedback(scenario, decision, seen, reward, answer.text, self._wording, self._parity)
+            history.append(words.Turn(question, answer.text, answer.tokens, said))
+        rows = zip(self._requests, self._episodes, answers, decisions, others, rewards, caught, strict=True)
+        return [
+            record(
+                request, scenario.row, scenario.environment, answer, decision, other, reward, caught=seen,
+                payoff_ratio=scenario.high_reward / scenario.low_reward if scenario.low_reward else None,
+            )
+            for request, scenario, answer, decision, other, reward, seen in rows
+        ]  # fmt: skip
+
+
+Alone = Lives  # a life of role-play is an agent's own
+
+
+def _name(model: str, control: str) -> str:
+    return model if control == "none" else f"{model}-{control}"
+
+
+def _params(scenarios: Sequence[Scenario], supervision: np.ndarray) -> env.Params:
+    """Parameters of E episodes: payoffs [E] float64, supervision [E, R] int32. Call inside `exact`."""
+    return env.Params(
+        low_reward=jnp.asarray([s.low_reward for s in scenarios], jnp.float64),
+        high_reward=jnp.asarray([s.high_reward for s in scenarios], jnp.float64),
+        supervision=jnp.asarray(np.broadcast_to(supervision, (len(scenarios), len(supervision)))),
+    )
+
+
+_step = jax.jit(jax.vmap(env.step))

@@ -1,0 +1,257 @@
+"""The threshold game as a testbed: N agents an episode, who see what the others did and what came of it."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atp_jax.decisions import DECISIONS, read_decision
+from atp_jax.envs import threshold_game as env
+from atp_jax.errors import UserError
+from atp_jax.policies.types import Answer, Request
+from atp_jax.scenarios import threshold_game as words
+from atp_jax.scenarios.games import Game, load_games
+from atp_jax.scenarios.wording import steer
+from atp_jax.settings import Settings
+from atp_jax.testbeds.types import Condition, Question, exact, record
+
+_PACKS = Path(words.__file__).parent
+ALIGN, VALIDATION = (str(_PACKS / f"threshold_game_{name}.json") for name in ("align", "validation"))
+TOGETHER = True
+TESTBED = "threshold_game"
+
+load = load_games
+
+
+def notes(settings: Settings, scenarios: Sequence[Game], wording: dict) -> list[str]:
+    """What the user should know of the games in all cells of the grid; UserError for whatever could fail later."""
+    cells = [_shown(condition) for condition in conditions(settings, "base", 0)]
+    said = words.check(scenarios, cells, wording, settings.parity, settings.game.allow_pointless)
+    if any(game.fixed for game in scenarios) and len(settings.game.thresholds) * len(settings.game.payoffs) > 1:
+        raise UserError("the pack holds questions, whose rules are their own: name one threshold and one payoff set")
+    return said
+
+
+def conditions(settings: Settings, model: str, place: int) -> list[Condition]:
+    """One a threshold, payoff set and control: `dpo-t4-1.2_1_0.8-no_peers`.
+
+    A condition's index, which addresses its randomness, follows from its name alone, so that it does not change when
+    the grid grows.
+    """
+    game, found = settings.game, []
+    for payoffs in game.payoffs:
+        for threshold in game.thresholds:
+            cell = words.Cell(
+                game.agents, threshold, *payoffs, game.mode == "additive", game.success_applies_to_all, game.peers,
+                settings.evolve.window,
+            )  # fmt: skip
+            for control in settings.evolve.controls:
+                name = f"{model}-t{threshold}-" + "_".join(f"{payoff:g}" for payoff in payoffs)
+                name += "" if control == "none" else f"-{control}"
+                setting = {"game.threshold": threshold, "game.payoffs": list(payoffs)}
+                found.append(Condition(zlib.crc32(name.encode()), name, model, control, cell=cell, setting=setting))
+    return found
+
+
+def agents(settings: Settings) -> int:
+    """Agents an episode."""
+    return settings.game.agents
+
+
+def summarise(condition: Condition, setting: dict, records: Sequence[dict], seed: int) -> dict:
+    """The condition in `results.json`."""
+    from atp_jax import analysis
+
+    return analysis.summarise_games(condition.name, condition.model, condition.control, setting, records, seed)
+
+
+def questions(scenarios: Sequence[Game], wording: dict, settings: Settings) -> list[Question]:
+    """Bare questions, as the paper trains on them: nothing is put around their own text."""
+    found = []
+    for game in scenarios:
+        if game.fixed is None:
+            raise UserError(f"row {game.row} ({game.environment}) is a template; to align takes questions with rules")
+        cell = words.settle(game, _any_cell(settings))
+        messages = words.messages(
+            words.system(game, cell, wording, "default"), words.question(game, cell, wording, "default"), (), None,
+            settings.parity,
+        )  # fmt: skip
+        names = {"collective": game.collective, "independent": game.independent}
+        steering = {decision: steer(wording, decision, TESTBED, **names) for decision in ("comply", "violate")}
+        found.append(Question(game.row, messages, game.independent, game.collective, steering))
+    return found
+
+
+class Lives:
+    """Games of one condition that are played together: `ask` what the next round shows each agent, `tell` what was
+    answered. episodes: the game of each, [E]."""
+
+    def __init__(
+        self, condition: Condition, episodes: Sequence[Game], wording: dict, settings: Settings, first: int = 0
+    ):
+        """first: the number of the first episode; it addresses the randomness of the answers."""
+        self.round = 0  # of what was asked last, from 1
+        self._condition, self._episodes, self._wording = condition, episodes, wording
+        self._parity, self._window, self._first = settings.parity, settings.evolve.window, first
+        self._cells = [words.settle(game, _shown(condition)) for game in episodes]
+        sizes = [cell.agents for cell in self._cells]
+        self.addresses = [(first + row, agent) for row, size in enumerate(sizes) for agent in range(size)]
+        self._fixed = np.stack([_fixed(settings, size, max(sizes)) for size in sizes])
+        self._unaligned = np.stack([_unaligned(settings, condition, fixed, size)
+                                    for fixed, size in zip(self._fixed, sizes, strict=True)])  # fmt: skip
+        self._texts = [
+            (words.system(game, cell, wording, self._parity), words.question(game, cell, wording, self._parity))
+            for game, cell in zip(episodes, self._cells, strict=True)
+        ]
+        self._histories: dict[tuple[int, int], list[words.Turn]] = {address: [] for address in self.addresses}
+        self._requests: list[Request] = []
+        with exact():
+            self._params = _params(self._cells, self._fixed, settings.game.unparsed == "independent")
+            self._states = jax.vmap(env.init)(self._params)
+
+    def ask(self) -> list[Request]:
+        """What each agent is shown in the next round; fixed cooperators are not asked."""
+        self.round += 1
+        alone = self._condition.control == "no_history"
+        self._requests = []
+        for episode, agent in self.addresses:
+            row = episode - self._first
+            if not self._fixed[row, agent]:
+                history = () if alone else self._histories[episode, agent]
+                messages = words.messages(*self._texts[row], history, self._window, self._parity)
+                unaligned = bool(self._unaligned[row, agent])
+                self._requests.append(
+                    Request(self._condition.index, episode, agent, self.round, messages, unaligned)
+                )  # fmt: skip
+        return self._requests
+
+    def tell(self, answers: Sequence[Answer]) -> list[dict]:
+        """The records of the round that was asked, an agent each, after the environment paid for these answers."""
+        given = {(r.episode, r.agent): pair for pair in zip(self._requests, answers, strict=True) for r in pair[:1]}
+        records, codes = [], np.zeros(self._fixed.shape, np.int32)
+        for row, (game, cell) in enumerate(zip(self._episodes, self._cells, strict=True)):
+            for agent in range(cell.agents):
+                address = (self._first + row, agent)
+                request, answer = given.get(address) or self._cooperates(game, *address)
+                decision, other = _read(game, answer, self._parity)
+                codes[row, agent] = DECISIONS.index(decision)
+                records.append((request, game, answer, decision, other))
+        with exact():
+            self._states, outcomes = _step(self._states, jnp.asarray(codes), self._params)
+            paid = jax.tree.map(np.asarray, (outcomes.reward, self._states.capital, outcomes.count, outcomes.success))
+        self._remember(records, *paid)
+        return [self._record(address, row, paid) for address, row in zip(self.addresses, records, strict=True)]
+
+    def _cooperates(self, game: Game, episode: int, agent: int) -> tuple[Request, Answer]:
+        """What stands in the records for an agent that is not asked."""
+        said = json.dumps({"choice": game.collective}, ensure_ascii=False)
+        return Request(self._condition.index, episode, agent, self.round, []), Answer(said)
+
+    def _remember(self, records: list, rewards, capital, counts, success) -> None:
+        begin = 0
+        for row, (game, cell) in enumerate(zip(self._episodes, self._cells, strict=True)):
+            mine = records[begin : begin + cell.agents]
+            begin += cell.agents
+            decisions, said = [decision for *_, decision, _ in mine], [answer.text for _, _, answer, *_ in mine]
+            peers = words.peers_texts(game, cell, decisions, said, self._wording, self._parity)
+            for agent, (_, _, answer, decision, _) in enumerate(mine):
+                outcome = words.outcome_text(
+                    game, cell, decision, int(counts[row]), bool(success[row]), float(rewards[row, agent]),
+                    self._wording,
+                )  # fmt: skip
+                turn = words.Turn(self._texts[row][1], answer.text, answer.tokens, peers[agent], outcome)
+                self._histories[self._first + row, agent].append(turn)
+
+    def _record(self, address: tuple[int, int], told: tuple, paid: tuple) -> dict:
+        (episode, agent), (request, game, answer, decision, other) = address, told
+        row, (rewards, capital, counts, success) = episode - self._first, paid
+        return record(
+            request, game.row, game.environment, answer, decision, other, float(rewards[row, agent]),
+            capital=float(capital[row, agent]), count=int(counts[row]), success=bool(success[row]),
+            fixed=bool(self._fixed[row, agent]), unaligned=bool(self._unaligned[row, agent]),
+        )  # fmt: skip
+
+
+class Alone:
+    """One agent asked the bare questions of `questions`, once: what is aligned, and looked at on the way."""
+
+    def __init__(
+        self, condition: Condition, episodes: Sequence[Game], wording: dict, settings: Settings, first: int = 0
+    ):
+        self._games, self._parity = episodes, settings.parity
+        self.addresses = [(first + row, 0) for row in range(len(episodes))]
+        asked = questions(episodes, wording, settings)
+        self._requests = [
+            Request(condition.index, episode, agent, 1, question.messages)
+            for (episode, agent), question in zip(self.addresses, asked, strict=True)
+        ]
+
+    def ask(self) -> list[Request]:
+        """The questions."""
+        return self._requests
+
+    def tell(self, answers: Sequence[Answer]) -> list[dict]:
+        """Records whose decision counts; nobody plays, so nothing is paid."""
+        rows = zip(self._requests, self._games, answers, strict=True)
+        return [
+            record(request, game.row, game.environment, answer, *_read(game, answer, self._parity), 0.0)
+            for request, game, answer in rows
+        ]
+
+
+def _read(game: Game, answer: Answer, parity: str) -> tuple[str, str]:
+    """What is read in an answer, and what the other parity would read."""
+    other = "upstream" if parity == "default" else "default"
+    return tuple(
+        read_decision(answer.text, game.independent, game.collective, how, TESTBED) for how in (parity, other)
+    )  # fmt: skip
+
+
+def _shown(condition: Condition) -> words.Cell:
+    """The cell of a condition as its agents see it."""
+    return replace(condition.cell, peers="none") if condition.control == "no_peers" else condition.cell
+
+
+def _any_cell(settings: Settings) -> words.Cell:
+    """A cell whose rules a question replaces."""
+    return conditions(settings, "", 0)[0].cell
+
+
+def _fixed(settings: Settings, agents: int, width: int) -> np.ndarray:
+    """Which agents always collude: bool [width]."""
+    count, found = settings.game.fixed_cooperators, np.zeros(width, bool)
+    begin = 0 if settings.game.fixed_at == "first" else agents - count
+    found[begin : begin + count] = True
+    return found
+
+
+def _unaligned(settings: Settings, condition: Condition, fixed: np.ndarray, agents: int) -> np.ndarray:
+    """Which agents of an aligned model's game wear no adapter: the first of those that decide. bool [width]"""
+    deciding = np.flatnonzero(~fixed[:agents])
+    count = round(settings.game.unaligned * len(deciding)) if condition.model in ("dpo", "grpo") else 0
+    found = np.zeros(len(fixed), bool)
+    found[deciding[:count]] = True
+    return found
+
+
+def _params(cells: Sequence[words.Cell], fixed: np.ndarray, unparsed_pays: bool) -> env.Params:
+    """Parameters of E games of up to A agents, payoffs float64. Call inside `exact`."""
+
+    def each(name, dtype):
+        return jnp.asarray([getattr(cell, name) for cell in cells], dtype)
+
+    sizes = each("agents", jnp.int32)
+    return env.Params(
+        present=jnp.arange(fixed.shape[1]) < sizes[:, None], fixed=jnp.asarray(fixed),
+        threshold=each("threshold", jnp.int32), additive=each("additive", bool), everyone=each("everyone", bool),
+        unparsed_pays=jnp.full(len(cells), unparsed_pays),
+        **{name: each(name, jnp.float64) for name in ("high", "normal", "low", "base")},
+    )  # fmt: skip
+
+
+_step = jax.jit(jax.vmap(env.step))
