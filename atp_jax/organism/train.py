@@ -1,9 +1,10 @@
 """Trains the organism from scratch on life stories: `python -m atp_jax.organism.train --out DIR --workdir DIR`.
 
 Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
-the rest; warm-up, a constant learning rate, then a linear decay to zero. Stories are drawn afresh for every chunk
-from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command goes on
-where it stopped.
+the rest; warm-up, a constant learning rate, then a linear decay to zero. First role-play stories alone, then, with a
+schedule of its own, chunks in which half the tokens are stories of threshold games. Stories are drawn afresh for
+every chunk from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command
+goes on where it stopped.
 """
 
 import json
@@ -23,6 +24,7 @@ from atp_jax.checkpoint import Checkpoints
 from atp_jax.models import huggingface
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import Decoder
+from atp_jax.organism import games
 from atp_jax.organism.stories import LEXICON, stories
 from atp_jax.organism.tokenizer import END, START, train_tokenizer
 from atp_jax.scenarios.wording import load_wording
@@ -38,6 +40,11 @@ BUCKETS = ((96, 112), (128, 80), (192, 56), (256, 40), (384, 28), (480, 22), (54
 AGENT_WEIGHT = 6.0
 LEARNING_RATE = 3e-3
 WARM_UP, DECAY = 0.03, 0.5  # shares of the training at its beginning and end
+# The second phase. A chunk of it has about as many tokens of the one kind of stories as of the other.
+ROLE_PLAY_STORIES, GAME_STORIES = 512, 384
+GAME_BUCKETS = (*BUCKETS, (960, 11), (1152, 9))
+GAME_LEARNING_RATE = 1.5e-3
+GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -66,12 +73,17 @@ def render(messages: list[dict]) -> str:
 
 
 def encode(tokenizer, told: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Stories -> (ids int32 [T], loss weights float32 [T]); a weight belongs to the token it stands at."""
+    """Stories -> (ids int32 [T], loss weights float32 [T]); a weight belongs to the token it stands at.
+
+    An answer marked "unexplained" weighs nothing: what led to it is not in its story.
+    """
     texts = [render(messages) for messages in told]
     start, end = tokenizer.convert_tokens_to_ids([START, END])
     assistant = tokenizer.encode("assistant", add_special_tokens=False)
     rows = []
-    for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    for messages, encoding in zip(told, encodings, strict=True):
+        answers = (message for message in messages if message["role"] == "assistant")
         ids = np.asarray(encoding.ids, np.int32)
         weights = np.ones(len(ids), np.float32)
         ends = np.flatnonzero(ids == end)
@@ -79,15 +91,16 @@ def encode(tokenizer, told: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarr
             body = begin + 1 + len(assistant)
             if list(ids[begin + 1 : body]) == assistant:
                 # From behind the line break to the end token, which the agent says as well.
-                weights[body + 1 : ends[ends > begin][0] + 1] = AGENT_WEIGHT
+                weight = 0.0 if next(answers).get("unexplained") else AGENT_WEIGHT
+                weights[body + 1 : ends[ends > begin][0] + 1] = weight
         rows.append((ids, weights))
     return rows
 
 
-def batches(rows: list, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows in right-padded batches of the few shapes of `BUCKETS`: (tokens [B, T], weights [B, T], lengths [B])."""
+def batches(rows: list, seed: int, buckets=BUCKETS) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows in right-padded batches of the few shapes of `buckets`: (tokens [B, T], weights [B, T], lengths [B])."""
     made, floor = [], 0
-    for width, size in BUCKETS:
+    for width, size in buckets:
         members = [row for row in rows if floor < len(row[0]) <= width]
         floor = width
         for first in range(0, len(members), size):
@@ -123,9 +136,35 @@ def optimiser() -> optax.GradientTransformation:
     )
 
 
-def learning_rate(progress: float) -> float:
-    """Share of the training done -> learning rate: trapezoid."""
-    return LEARNING_RATE * min(1.0, progress / WARM_UP, (1.0 - progress) / DECAY)
+def learning_rate(progress: float, peak=LEARNING_RATE, warm_up=WARM_UP, decay=DECAY) -> float:
+    """Share of a phase done -> learning rate: trapezoid."""
+    return peak * min(1.0, progress / warm_up, (1.0 - progress) / decay)
+
+
+def scheduled_rate(time: float, chunks: int, game_chunks: int) -> float:
+    """The learning rate after `time` chunks: each phase has a trapezoid of its own."""
+    if time < chunks:
+        return learning_rate(time / chunks)
+    return learning_rate((time - chunks) / game_chunks, GAME_LEARNING_RATE, GAME_WARM_UP, GAME_DECAY)
+
+
+def role_play_lessons(tokenizer, wording: dict, seed: int, chunk: int, count: int) -> tuple[list, int]:
+    """The batches of a chunk, each with the name of its agents' loss, and the number of tokens in its stories."""
+    rows = encode(tokenizer, stories(_drawn_from(seed, chunk), count, wording, LEXICON["occupations"]))
+    return [("agent_loss", batch) for batch in batches(rows, chunk)], sum(len(ids) for ids, _ in rows)
+
+
+def mixed_lessons(tokenizer, wording: dict, seed: int, chunk: int) -> tuple[list, int]:
+    """The same of a chunk of the second phase: batches of games stand among those of role-play."""
+    seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, ROLE_PLAY_STORIES)
+    rows = encode(tokenizer, games.stories(_drawn_from(seed, chunk), GAME_STORIES, wording))
+    seen += [("game_agent_loss", batch) for batch in batches(rows, chunk, GAME_BUCKETS)]
+    np.random.default_rng(chunk).shuffle(seen)
+    return seen, tokens + sum(len(ids) for ids, _ in rows)
+
+
+def _drawn_from(seed: int, chunk: int) -> int:
+    return 1_000_000 * (seed + 1) + chunk
 
 
 def make_step(graphdef, transform):
@@ -161,10 +200,11 @@ def _tokenizer(directory: Path, wording: dict):
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def train(out: Path, workdir: Path, seed: int, chunks: int) -> None:
+def train(out: Path, workdir: Path, seed: int, chunks: int, game_chunks: int) -> None:
     """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`."""
     workdir.mkdir(parents=True, exist_ok=True)
     wording = load_wording()
+    load_wording("", "threshold_game")  # the same pack: checks the part for games
     tokenizer = _tokenizer(workdir / "tokenizer", wording)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = DecoderConfig.from_dict(MODEL | {"eos_token_id": end, "pad_token_id": pad}, "the organism")
@@ -175,20 +215,23 @@ def train(out: Path, workdir: Path, seed: int, chunks: int) -> None:
 
     with Checkpoints(workdir / "checkpoints") as checkpoints, (workdir / "metrics.jsonl").open("a") as metrics:
         done, state, _ = checkpoints.latest(state) or (0, state, {})
-        for chunk in range(done, chunks):
+        for chunk in range(done, chunks + game_chunks):
             began = time.monotonic()
-            told = stories(1_000_000 * (seed + 1) + chunk, STORIES_PER_CHUNK, wording, LEXICON["occupations"])
-            rows = encode(tokenizer, told)
-            seen = batches(rows, chunk)
-            losses = []
-            for i, batch in enumerate(seen):
-                rate = learning_rate((chunk + (i + 0.5) / len(seen)) / chunks)
-                state["params"], state["optimiser"], *loss = step(state["params"], state["optimiser"], *batch, rate)
-                losses.append(loss)
-            state["tokens"] += sum(len(ids) for ids, _ in rows)
+            if chunk < chunks:
+                seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, STORIES_PER_CHUNK)
+            else:
+                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk)
+            losses = {"loss": [], "agent_loss": []}
+            for i, (name, batch) in enumerate(seen):
+                rate = scheduled_rate(chunk + (i + 0.5) / len(seen), chunks, game_chunks)
+                state["params"], state["optimiser"], loss, agent = step(
+                    state["params"], state["optimiser"], *batch, rate)
+                losses["loss"].append(loss)
+                losses.setdefault(name, []).append(agent)  # a kind of stories has its agents' loss apart
+            state["tokens"] += tokens
             checkpoints.save(chunk + 1, state, {})
             line = {"chunk": chunk + 1, "tokens": state["tokens"], "seconds": round(time.monotonic() - began, 1)}
-            line |= dict(zip(("loss", "agent_loss"), np.mean(losses, 0).round(4).tolist(), strict=True))
+            line |= {name: float(np.mean(values).round(4)) for name, values in losses.items()}
             print(json.dumps(line), flush=True)
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
@@ -204,7 +247,7 @@ def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    train(Path(values.out), Path(values.workdir), values.seed, values.chunks)
+    train(Path(values.out), Path(values.workdir), values.seed, values.chunks, values["game-chunks"].value)
 
 
 if __name__ == "__main__":
@@ -212,4 +255,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
     flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
+    flags.DEFINE_integer("game-chunks", 36, "how many chunks after that are half threshold games", lower_bound=0)
     app.run(main)
