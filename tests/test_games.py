@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from atp_jax.decisions import normalise
 from atp_jax.errors import UserError
+from atp_jax.organism import packs
 from atp_jax.scenarios import generate_games
-from atp_jax.scenarios.games import Rules, check_rules, load_games
+from atp_jax.scenarios.games import ALIGN, VALIDATION, Rules, check_rules, load_games
 from atp_jax.scenarios.generate import command
 from atp_jax.scenarios.threshold_game import Cell, check, messages, question, settle, system
 from atp_jax.scenarios.wording import fill, load_wording
@@ -259,3 +260,18 @@ def test_what_cannot_be_generated_is_one_line_and_leaves_nothing(rows, arguments
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and re.search(message, said)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("path", "situations", "count", "seed"), packs.GAME_PACKS, ids=["align", "validation"])
+def test_the_packs_to_align_on_are_what_the_module_gives(path, situations, count, seed):
+    assert packs.questions(situations, count, seed) == json.loads(Path(path).read_text())
+    games = load_games(path)
+    assert len(games) == count and all(game.fixed for game in games)
+
+
+def test_the_packs_keep_clear_of_one_another_and_of_what_is_played():
+    loaded = [load_games(path) for path in ("", ALIGN, VALIDATION)]  # what is played, aligned on, stopped by
+    pairs = [{frozenset((game.collective, game.independent)) for game in games} for games in loaded]
+    situations = [{game.environment for game in games} for games in loaded]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not pairs[one] & pairs[other] and not situations[one] & situations[other]

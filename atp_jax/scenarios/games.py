@@ -15,6 +15,7 @@ from atp_jax.scenarios.pack import choose, read_amount, read_filled, read_object
 from atp_jax.scenarios.wording import check_fields
 
 SHIPPED = Path(__file__).with_name("threshold_game.json")
+ALIGN, VALIDATION = (str(Path(__file__).with_name(f"threshold_game_{name}.json")) for name in ("align", "validation"))
 PLACEHOLDERS = frozenset(
     ("n", "cooperation_threshold", "high_reward", "normal_reward", "low_reward")
     + ("delta_high", "delta_normal", "delta_low")

@@ -44,11 +44,12 @@ def generate(games: Sequence[Game], per_template: int, seed: int, wording: dict)
     rows = []
     for game in games:
         rng = random.Random(f"{seed} {game.row}")
-        rows += [_row(game, draw(rng), wording) for _ in range(per_template)]
+        rows += [filled(game, draw(rng), wording) for _ in range(per_template)]
     return rows
 
 
-def _row(game: Game, rules: Rules, wording: dict) -> dict:
+def filled(game: Game, rules: Rules, wording: dict) -> dict:
+    """A template as a row of questions, under these rules."""
     cell = Cell(**vars(rules), additive=False, everyone=True, peers="final_only", window=None)
     return {
         "environment": game.environment,

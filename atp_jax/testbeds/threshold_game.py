@@ -4,7 +4,6 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,12 @@ from atp_jax.envs import threshold_game as env
 from atp_jax.errors import UserError
 from atp_jax.policies.types import Answer, Request
 from atp_jax.scenarios import threshold_game as words
-from atp_jax.scenarios.games import Game, load_games
+from atp_jax.scenarios.games import ALIGN, VALIDATION, Game, load_games
 from atp_jax.scenarios.wording import steer
 from atp_jax.settings import Settings
 from atp_jax.testbeds.types import Condition, Question, exact, record
 
-_PACKS = Path(words.__file__).parent
-ALIGN, VALIDATION = (str(_PACKS / f"threshold_game_{name}.json") for name in ("align", "validation"))
+__all__ = ["ALIGN", "VALIDATION"]
 TOGETHER = True
 TESTBED = "threshold_game"
 
