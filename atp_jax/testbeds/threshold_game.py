@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -130,49 +130,49 @@ class Lives:
 
     def tell(self, answers: Sequence[Answer]) -> list[dict]:
         """The records of the round that was asked, an agent each, after the environment paid for these answers."""
-        given = {(r.episode, r.agent): pair for pair in zip(self._requests, answers, strict=True) for r in pair[:1]}
-        records, codes = [], np.zeros(self._fixed.shape, np.int32)
-        for row, (game, cell) in enumerate(zip(self._episodes, self._cells, strict=True)):
-            for agent in range(cell.agents):
-                address = (self._first + row, agent)
-                request, answer = given.get(address) or self._cooperates(game, *address)
-                decision, other = _read(game, answer, self._parity)
-                codes[row, agent] = DECISIONS.index(decision)
-                records.append((request, game, answer, decision, other))
+        said, told, codes = iter(zip(self._requests, answers, strict=True)), [], np.zeros(self._fixed.shape, np.int32)
+        for episode, agent in self.addresses:
+            row = episode - self._first
+            game = self._episodes[row]
+            request, answer = self._cooperates(game, episode, agent) if self._fixed[row, agent] else next(said)
+            decision, other = _read(game, answer, self._parity)
+            codes[row, agent] = DECISIONS.index(decision)
+            told.append((request, answer, decision, other))
         with exact():
             self._states, outcomes = _step(self._states, jnp.asarray(codes), self._params)
-            paid = jax.tree.map(np.asarray, (outcomes.reward, self._states.capital, outcomes.count, outcomes.success))
-        self._remember(records, *paid)
-        return [self._record(address, row, paid) for address, row in zip(self.addresses, records, strict=True)]
+            rewards, capital, counts, success = jax.tree.map(
+                np.asarray, (outcomes.reward, self._states.capital, outcomes.count, outcomes.success)
+            )
+        records, peers = [], self._peers(told)
+        for (episode, agent), (request, answer, decision, other) in zip(self.addresses, told, strict=True):
+            row = episode - self._first
+            game, reward = self._episodes[row], float(rewards[row, agent])
+            count, succeeded = int(counts[row]), bool(success[row])
+            outcome = words.outcome_text(game, self._cells[row], decision, count, succeeded, reward, self._wording)
+            turn = words.Turn(self._texts[row][1], answer.text, answer.tokens, next(peers), outcome)
+            self._histories[episode, agent].append(turn)
+            records.append(
+                record(
+                    request, game.row, game.environment, answer, decision, other, reward,
+                    capital=float(capital[row, agent]), count=count, success=succeeded,
+                    fixed=bool(self._fixed[row, agent]), unaligned=bool(self._unaligned[row, agent]),
+                )
+            )  # fmt: skip
+        return records
 
     def _cooperates(self, game: Game, episode: int, agent: int) -> tuple[Request, Answer]:
         """What stands in the records for an agent that is not asked."""
         said = json.dumps({"choice": game.collective}, ensure_ascii=False)
         return Request(self._condition.index, episode, agent, self.round, []), Answer(said)
 
-    def _remember(self, records: list, rewards, capital, counts, success) -> None:
+    def _peers(self, told: list[tuple]) -> Iterator[str]:
+        """What each agent is told of the others in its game, in the order of the addresses."""
         begin = 0
-        for row, (game, cell) in enumerate(zip(self._episodes, self._cells, strict=True)):
-            mine = records[begin : begin + cell.agents]
+        for game, cell in zip(self._episodes, self._cells, strict=True):
+            group = told[begin : begin + cell.agents]
             begin += cell.agents
-            decisions, said = [decision for *_, decision, _ in mine], [answer.text for _, _, answer, *_ in mine]
-            peers = words.peers_texts(game, cell, decisions, said, self._wording, self._parity)
-            for agent, (_, _, answer, decision, _) in enumerate(mine):
-                outcome = words.outcome_text(
-                    game, cell, decision, int(counts[row]), bool(success[row]), float(rewards[row, agent]),
-                    self._wording,
-                )  # fmt: skip
-                turn = words.Turn(self._texts[row][1], answer.text, answer.tokens, peers[agent], outcome)
-                self._histories[self._first + row, agent].append(turn)
-
-    def _record(self, address: tuple[int, int], told: tuple, paid: tuple) -> dict:
-        (episode, agent), (request, game, answer, decision, other) = address, told
-        row, (rewards, capital, counts, success) = episode - self._first, paid
-        return record(
-            request, game.row, game.environment, answer, decision, other, float(rewards[row, agent]),
-            capital=float(capital[row, agent]), count=int(counts[row]), success=bool(success[row]),
-            fixed=bool(self._fixed[row, agent]), unaligned=bool(self._unaligned[row, agent]),
-        )  # fmt: skip
+            decisions, answers = [decision for _, _, decision, _ in group], [answer.text for _, answer, *_ in group]
+            yield from words.peers_texts(game, cell, decisions, answers, self._wording, self._parity)
 
 
 class Alone:
