@@ -7,7 +7,9 @@ import numpy as np
 from atp_jax.generate.engine import bucket
 
 INPUTS = ("prompts", "prompt_lengths", "answers", "lengths")  # the arguments of answer_logprobs, in order
-SHORTEST_PROMPT, SHORTEST_ANSWER = 64, 16  # tokens, the smallest buckets
+# Buckets, in tokens: the larger the step, the fewer programs are compiled, and the more padding is computed.
+PROMPT = {"steps": 4, "smallest": 64, "multiple": 32}  # 64, 96, 128, 160, 192, 224, 256, 320, ...
+ANSWER = {"steps": 2, "smallest": 16}  # 16, 24, 32, 48, 64, 96, ...
 
 
 def rows_of(answers: Sequence[tuple[Sequence[int], Sequence[int]]], group: int) -> dict[str, np.ndarray]:
@@ -16,8 +18,8 @@ def rows_of(answers: Sequence[tuple[Sequence[int], Sequence[int]]], group: int) 
     prompts = [prompt for prompt, _ in answers[::group]]
     assert all(list(prompt) == list(prompts[i // group]) for i, (prompt, _) in enumerate(answers))
     lengths = np.array([len(answer) for _, answer in answers], np.int32)
-    asked, prompt_lengths = _padded(prompts, SHORTEST_PROMPT)
-    said, _ = _padded([answer for _, answer in answers], SHORTEST_ANSWER)
+    asked, prompt_lengths = _padded(prompts, PROMPT)
+    said, _ = _padded([answer for _, answer in answers], ANSWER)
     return {
         "prompts": asked, "prompt_lengths": prompt_lengths, "answers": said.reshape(len(prompts), group, -1),
         "lengths": lengths.reshape(-1, group),
@@ -29,10 +31,10 @@ def counted(rows: dict[str, np.ndarray]) -> np.ndarray:
     return (np.arange(rows["answers"].shape[2]) < rows["lengths"][..., None]).astype(np.float32)
 
 
-def _padded(lines: Sequence[Sequence[int]], shortest: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(lines: Sequence[Sequence[int]], ladder: dict) -> tuple[np.ndarray, np.ndarray]:
     """Token ids padded on the right to a bucket, and their lengths."""
     lengths = np.array([len(line) for line in lines], np.int32)
-    out = np.zeros((len(lines), bucket(int(lengths.max()), steps=2, smallest=shortest)), np.int32)
+    out = np.zeros((len(lines), bucket(int(lengths.max()), **ladder)), np.int32)
     for row, line in enumerate(lines):
         out[row, : len(line)] = line
     return out, lengths
