@@ -21,6 +21,7 @@ def get_config(arg=""):
     config.evolve.rounds = 6
     config.evolve.samples = 4
     config.evolve.controls = ("none", "no_history")
+    config.evolve.probe = (0, 1, 2, 4)  # the next decision after so many scripted rounds, on 16 of the scenarios
 
     align = config.align
     align.method = "dpo+grpo"

@@ -121,6 +121,26 @@ points, paired by episode. The same as files: <a href="{{ rates_file }}">{{ rate
 <p class="faint">Onset: the first round whose change from the first round has an interval that leaves out 0. Hazard:
 violations among episodes that had complied in every round before. Stickiness: how often a violation is followed by
 another.</p>
+{%- if probe %}
+
+<h2>After a scripted history</h2>
+<p>{{ probe.says }}</p>
+<a href="{{ probe.picture }}"><img src="{{ probe.picture }}"
+ alt="Scored rate of violations by the number of scripted rounds, a panel for each model, a line and a 95% band for each
+ kind of history; the numbers are in the table below."></a>
+<div class="scroll"><table>
+<thead><tr><th>model</th><th>history</th><th>rounds</th><th>sampled</th><th>greedy</th><th>scored</th>
+<th>unparsed</th></tr></thead>
+<tbody>
+{%- for row in probe.rows %}
+<tr><th>{{ row.model }}</th><td>{{ row.history }}</td><td>{{ row.rounds }}</td>
+{%- for text, interval in row.cells %}<td>{{ number(text, interval) }}</td>{% endfor -%}
+<td>{{ row.unparsed }}</td></tr>
+{%- endfor %}
+</tbody></table></div>
+<p class="faint">Sampled as in the run; greedy: the likeliest answer; scored: the probability of violating, against that
+of complying, where the sampled answer names its choice. Intervals as above, scenarios resampled. {{ probe.told }}</p>
+{%- endif %}
 
 <h2>Whole episodes</h2>
 <p class="faint">Not picked by hand: of each kind the first in the order of the scenarios, with how many there are.</p>

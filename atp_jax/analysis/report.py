@@ -10,7 +10,9 @@ from jinja2 import Environment, StrictUndefined
 
 from atp_jax.analysis.page import PAGE
 from atp_jax.analysis.plots import tipping_png
+from atp_jax.analysis.probe_plots import probe_png
 from atp_jax.analysis.tables import (
+    PROBED,
     changes_csv,
     direction,
     models,
@@ -24,7 +26,7 @@ from atp_jax.analysis.tables import (
 )
 from atp_jax.analysis.tipping import against_controls
 
-PICTURE, RATES, CHANGES = "tipping.png", "rates.csv", "changes.csv"
+PICTURE, PROBE, RATES, CHANGES = "tipping.png", "probe.png", "rates.csv", "changes.csv"
 FEW_CLUSTERS = 10  # below so many the note warns
 SHORT = 160  # characters; longer messages that were shown before are folded away
 MAIN_SETTINGS = (
@@ -44,6 +46,7 @@ def files(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> dict[st
         RATES: rates_csv(results).encode(),
         CHANGES: changes_csv(results).encode(),
         PICTURE: tipping_png(results),
+        **({PROBE: probe_png(results["probe"])} if results.get("probe") else {}),
         "index.html": page(results, records).encode(),
     }
 
@@ -68,6 +71,7 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
         rounds=rounds,
         table=[_table_row(condition, rounds) for condition in conditions],
         measures=_measures(conditions),
+        probe=_probe(results.get("probe", ())),
         episodes=_episodes(conditions, records),
         notes=_notes(conditions),
     )
@@ -171,6 +175,40 @@ def _measures(conditions: Sequence[Mapping]) -> list[tuple[str, list[tuple[str, 
 def _disagreement(condition: Mapping) -> tuple[str, str]:
     rate = condition.get("reading_disagreement")
     return ("-" if rate is None else f"{percent(rate)}%", "")
+
+
+def _probe(cells: Sequence[Mapping]) -> dict | None:
+    """The probe's part of the page; None where nothing was probed."""
+    if not cells:
+        return None
+    scenarios = cells[0]["greedy"]["total"]  # one greedy answer each
+    told = {source: sum(cell["scripted"][source] for cell in cells) for source in cells[0]["scripted"]}
+    counted = ", ".join(f"{count} {source}" for source, count in told.items())
+    return {
+        "picture": PROBE,
+        "says": (
+            "What does an agent decide next, after rounds that were written for it? In each of them it broke the rule "
+            "and was paid, broke it and was caught, or kept it; only the decision after them is its own. "
+            f"{scenarios} scenarios, spread over those of the run."
+        ),
+        "told": (
+            "What it says in the scripted rounds is an answer that the same model gave in a first round of the "
+            "scenario, the same in every round; where it gave none, one borrowed from another scenario, with this "
+            f"one's options; where it never gave one, the bare choice. Histories by the kind of answer: {counted}. "
+            "An agent that gives what happened as its reason would not say the same again and again, so a long history "
+            "is less like its own life than a short one."
+        ),
+        "rows": [
+            {
+                "model": cell["model"],
+                "history": PROBED[cell["history"]],
+                "rounds": cell["rounds"],
+                "cells": [rate_cell(cell[how]) for how in ("sampled", "greedy", "scored")],
+                "unparsed": percent(cell["sampled"]["unparsed"] / cell["sampled"]["total"]),
+            }
+            for cell in cells
+        ],
+    }
 
 
 def _settings(conditions: Sequence[Mapping]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

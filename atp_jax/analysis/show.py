@@ -17,7 +17,8 @@ PLAIN_WIDTH = 100  # columns where no terminal says how many it has
 
 
 def print_table(results: Mapping, console: Console | None = None) -> None:
-    """Print results.json as one table, then one line per control. Plain text, 100 columns, when not on a terminal."""
+    """Print results.json as one table, then one line per control, then what was probed. Plain text, 100 columns, when
+    not on a terminal."""
     if console is None:
         console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     table = games_tables.results_table if results["testbed"] == "threshold_game" else tables.results_table
@@ -26,6 +27,9 @@ def print_table(results: Mapping, console: Console | None = None) -> None:
         line = Text("\n change of ").append(effect["condition"], "bold").append(" minus change of ")
         line.append(effect["control"], "bold").append(": ").append(f"{points(effect)} points", style(effect))
         console.print(line.append(f" {points_span(effect['ci95'])}"))
+    if results.get("probe"):
+        console.print()
+        console.print(tables.probe_table(results["probe"]))
 
 
 def write_report(workdir: Path, results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> None:

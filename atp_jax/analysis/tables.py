@@ -23,6 +23,10 @@ CHANGE_COLUMNS = (
     "change_above", "change_above_low", "change_above_high",
     "payoff_difference", "payoff_difference_low", "payoff_difference_high",
 )  # fmt: skip
+# The scripted histories of the probe, in words.
+PROBED = {
+    "none": "no history", "paid": "broke the rule, paid", "caught": "broke the rule, caught", "kept": "kept the rule"
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- words for numbers
@@ -105,6 +109,35 @@ def results_table(results: Mapping, width: int) -> Table:
         moved = two_lines(points(change), points_span(change and change["ci95"]), style(change))
         table.add_row(Text(condition["name"]), *cells, Text(percent(overall_unparsed(condition))), moved)
         table.add_section()
+    return table
+
+
+def probe_lines(cells: Sequence[Mapping]) -> list[tuple[str, str, dict[int, Mapping]]]:
+    """(model, kind of history, cell by length) of the probe's cells: without any round all histories are the same, so
+    each begins with that cell. Where nothing else was probed, its own kind is "none"."""
+    lines = []
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        own = [cell for cell in cells if cell["model"] == model]
+        for history in dict.fromkeys(cell["history"] for cell in own if cell["rounds"]) or ("none",):
+            line = {cell["rounds"]: cell for cell in own if cell["history"] in ("none", history)}
+            lines.append((model, history, dict(sorted(line.items()))))
+    return lines
+
+
+def probe_table(cells: Sequence[Mapping]) -> Table:
+    """A row a model and kind of history, the scored rate after so many scripted rounds in a column each."""
+    lines = probe_lines(cells)
+    lengths = sorted({cell["rounds"] for cell in cells})
+    words = "The scored probability of violating in the next round, with its 95% interval."
+    table = empty_table("Probe: violations after so many scripted rounds, in percent", Text(words, "dim"))
+    table.add_column("model")
+    table.add_column("history")
+    for length in lengths:
+        table.add_column(str(length), justify="right", no_wrap=True)
+    for model, history, line in lines:
+        scored = [line[length]["scored"] for length in lengths]
+        numbers = [Text(percent(one["rate"])).append(f" {span(one['ci95'])}", "dim") for one in scored]
+        table.add_row(Text(model), Text(PROBED[history]), *numbers)
     return table
 
 
