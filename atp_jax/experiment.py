@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -194,7 +194,7 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
             policy = make_policy(settings, worn, len(scenarios) * settings.evolve.samples)
             in_context = [cell for cell in cells if cell.model == name and cell.mode == "context"]
             lived = []
-            for together in [in_context] if bed.TOGETHER else [[cell] for cell in in_context]:
+            for together in _batches(in_context, settings, len(scenarios)):
                 paths = [_episodes_file(workdir, condition) for condition in together]
                 found = run_conditions(together, scenarios, policy, lab.wording, settings, paths, on_round)
                 lived += zip(together, found, strict=True)
@@ -213,6 +213,15 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
                 probed += probe(settings, name, worn.model, worn.sampling, worn.wording, scenarios)
     results = {"schema": 1, "testbed": settings.testbed, "conditions": summaries}
     write_json(workdir / "results.json", results | ({"probe": probed} if probed else {}))
+
+
+def _batches(cells: Sequence[Condition], settings: Settings, scenarios: int) -> Iterator[Sequence[Condition]]:
+    """The conditions of a model that live through their rounds together: as many as `policy.rows` lets be answered at
+    once, so that what was read in one round is kept for the next."""
+    bed, rows = testbed(settings), settings.policy.rows
+    a_condition = scenarios * settings.evolve.samples * bed.agents(settings)
+    size = 1 if not bed.TOGETHER else len(cells) if rows is None else max(1, rows // a_condition)
+    return (cells[begin : begin + size] for begin in range(0, len(cells), size))
 
 
 def _in_force(lab: Lab) -> dict:

@@ -31,7 +31,7 @@ def get_config(arg=""):
     if not family:
         config.sampling.temperature = 1.0
         config.evolve.rounds = 6
-        config.evolve.samples = 4
+        config.evolve.samples = 2
         config.evolve.controls = ("none", "no_history", "no_peers")
         config.policy.rows = 1024  # bounds the memory of the cache to some gigabytes
         align.method = "dpo+grpo"
