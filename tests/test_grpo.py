@@ -163,3 +163,10 @@ def test_the_benchmark_generates_what_it_says(tmp_path):
     assert found["tokens_per_s"] == pytest.approx(2 * 2 * 5 / found["step_s"], rel=0.02)
     assert found["step_s"] == pytest.approx(found["generate_s"] + found["update_s"], rel=0.05)
     assert jax.tree.all(jax.tree.map(lambda x: x is not None, found))
+
+
+def test_a_training_compiles_at_its_beginning_and_never_again(model, tmp_path):
+    _, lines = trained(model, tmp_path, 4, group=4)
+    assert lines[0]["compilations"] > 0
+    assert [line["compilations"] for line in lines[1:]] == [0, 0, 0]
+    assert all(line["tokens"] == 2 * 4 and line["tokens_per_s"] > 0 for line in lines)

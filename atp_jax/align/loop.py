@@ -18,6 +18,7 @@ import numpy as np
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import check_bad, init_state, make_optimiser, make_update, micro_batches
 from atp_jax.checkpoint import Checkpoints
+from atp_jax.compilations import Compilations
 from atp_jax.files import append, cut, size
 from atp_jax.interrupt import Interrupt, Interrupted
 from atp_jax.model import Model
@@ -27,8 +28,8 @@ from atp_jax.settings import AlignSettings
 
 
 class Method(Protocol):
-    """One way to train. A batch is a dict of arrays `[N, ...]` with the same N and keys at every step, a row being a
-    prompt with `group` answers."""
+    """One way to train. A batch is a dict of arrays `[N, ...]` with the same N and keys at every step, rows as
+    align/rows.py makes them: a prompt and `group` answers."""
 
     name: str
     steps: int
@@ -96,7 +97,7 @@ def train(
     looks: list[list] = []
 
     where = workdir / "checkpoints" / method.name
-    with Checkpoints(where, identity) as checkpoints, Interrupt() as interrupt:
+    with Checkpoints(where, identity) as checkpoints, Interrupt() as interrupt, Compilations() as compilations:
         step, saved = 0, None
         if (found := checkpoints.latest(state)) is not None:
             step, state, extra = found
@@ -129,7 +130,7 @@ def train(
                 where = f"step {step} of {method.name}"
                 raise Interrupted(f"stopped by {interrupt.asked} after {where}; the same command goes on from there")
 
-            began = time.perf_counter()
+            began, compiled = time.perf_counter(), compilations.count
             batch, logged = method.batch(step, params, lora)
             drawn = time.perf_counter()
             shaped = micro_batches(batch, together)
@@ -143,6 +144,10 @@ def train(
             step += 1
             line = {"stage": method.name, "step": step} | logged | method.measures(batch, metrics, outputs)
             line |= {"batch_s": round(drawn - began, 3), "update_s": round(ended - drawn, 3)}
+            tokens = int(batch["lengths"].sum())
+            line |= {"tokens": tokens, "tokens_per_s": round(tokens / (ended - began), 1)}
+            line |= {"update_tokens_per_s": round(tokens / (ended - drawn), 1)}
+            line["compilations"] = compilations.count - compiled
             line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
             append(metrics_file, [line])
             say(line)
