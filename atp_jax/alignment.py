@@ -47,10 +47,12 @@ def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
         )  # fmt: skip
     if not found:
         raise UserError(f"no pairs: {told}; more align.pairs.tries or other steering messages in the wording may help")
+    line, metrics_file = {"stage": "pairs", "pairs": len(found)} | told, workdir / "metrics.jsonl"
+    mend(metrics_file)
+    # The line first: pairs that are there are not collected again. A run killed between the two has said it already.
+    if line not in read_lines(metrics_file):
+        append(metrics_file, [line])
     pairs.write_pairs(workdir / "pairs.jsonl", found)
-    line = {"stage": "pairs", "pairs": len(found)} | told
-    mend(workdir / "metrics.jsonl")
-    append(workdir / "metrics.jsonl", [line])
     print(", ".join(f"{name} {value}" for name, value in line.items()))
 
 

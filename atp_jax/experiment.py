@@ -25,7 +25,7 @@ import jax
 
 from atp_jax import analysis
 from atp_jax.errors import UserError
-from atp_jax.files import append, mend, read_json, write_json
+from atp_jax.files import append, mend, read_json, read_lines, write_json
 from atp_jax.lab import Lab, aligned, open_lab
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
@@ -179,13 +179,15 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     summaries = []
     metrics_file = workdir / "metrics.jsonl"
     mend(metrics_file)
+    # A run killed between a round and its line has the round alone: the line is added when the round is read back.
+    told = {(line.get("condition"), line.get("round")) for line in read_lines(metrics_file)}
     looks = -(-settings.evolve.weights.updates // settings.evolve.weights.measure_every) + 1
     probed = []
     with Progress(sum(looks if cell.mode == "weights" else settings.evolve.rounds for cell in cells)) as progress:
 
         def on_round(finished: Finished) -> None:
             metrics = _metrics(finished)
-            if not finished.read_back:
+            if not finished.read_back or (metrics["condition"], metrics["round"]) not in told:
                 append(metrics_file, [metrics])
             progress.advance(metrics)
 
