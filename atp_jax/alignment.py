@@ -34,6 +34,13 @@ from atp_jax.testbeds.types import Condition
 PAIRS_CONDITION, DRAWS, LOOKS = 1000, 2000, 3000
 
 
+def check_packs(settings: Settings, wording: dict) -> None:
+    """UserError for whatever the scenarios of alignment could fail by later, before anything is spent."""
+    bed = testbed(settings)
+    bed.questions(align_pack(settings), wording, settings)
+    bed.questions(bed.load(settings.align.validation or bed.VALIDATION), wording, settings)
+
+
 def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
     """Writes `pairs.jsonl`: the user's own preferences, or pairs of the model's own answers under steering messages."""
     align = settings.align

@@ -75,7 +75,7 @@ def make_policy(settings: Settings, lab: Lab, episodes: int) -> Policy:
     """What answers: the script, or the lab's model."""
     if lab.model is None:
         policy = ScriptedPolicy(settings.policy.script)
-        policy.require(episodes, settings.evolve.rounds, testbed(settings).agents(settings))
+        policy.require(episodes, settings.evolve.rounds, testbed(settings).asked(settings))
         return policy
     from atp_jax.policies.model import ModelPolicy
 
@@ -150,7 +150,7 @@ def _episodes_file(workdir: Path, condition: Condition) -> Path:
 
 
 def _metrics(finished: Finished) -> dict:
-    decisions = [record["decision"] for record in finished.records]
+    decisions = [record["decision"] for record in finished.records if not record.get("fixed")]
     return {
         "stage": "evolve",
         "condition": finished.condition.name,
@@ -221,7 +221,7 @@ def _batches(cells: Sequence[Condition], settings: Settings, scenarios: int) -> 
     """The conditions of a model that live through their rounds together: as many as `policy.rows` lets be answered at
     once, so that what was read in one round is kept for the next."""
     bed, rows = testbed(settings), settings.policy.rows
-    a_condition = scenarios * settings.evolve.samples * bed.agents(settings)
+    a_condition = scenarios * settings.evolve.samples * len(bed.asked(settings))
     size = 1 if not bed.TOGETHER else len(cells) if rows is None else max(1, rows // a_condition)
     return (cells[begin : begin + size] for begin in range(0, len(cells), size))
 
@@ -293,6 +293,10 @@ def run(settings: Settings, workdir: Path) -> None:
         lab = open_lab(settings)
         if "evolve" in todo:
             _check_scenarios(settings, lab)
+        if {"pairs", "dpo", "grpo"} & set(todo):
+            from atp_jax import alignment
+
+            alignment.check_packs(settings, lab.wording)
         in_force, machine = _in_force(lab), _machine()
         if recorded is not None:
             _refuse_difference(workdir, recorded["in_force"], in_force, "other values in force")

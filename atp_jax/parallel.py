@@ -61,6 +61,11 @@ def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in axes)))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp; every other axis of the array whole."""
     return named_sharding(mesh, "batch")

@@ -15,10 +15,10 @@ The policy: P(agent colludes) = sigmoid(weights . features), with the features `
     payoff   the agent's own reward in the last round: of multiplicative games as a share of the capital that earned it
              (factor - 1), of additive ones as it is
 
-There is no product of `again` and `success`. Within one payoff set the own payoff is a function of the two, and spans
-with them exactly what their product would: four weights for the four things that can have happened to an agent. So the
-fit is as free as it can be, but one payoff set alone does not tell what other payoffs would do; a weight of `payoff`
-that is to be carried over to them needs a fit that spans several sets.
+There is no product of `again` and `success`. Within one payoff set where a failure costs something the own payoff is a
+function of the two, and spans with them exactly what their product would: four weights for the four things that can
+have happened to an agent. So the fit is as free as it can be, but one payoff set alone does not tell what other payoffs
+would do; a weight of `payoff` that is to be carried over to them needs a fit that spans several sets.
 """
 
 import dataclasses
@@ -160,8 +160,8 @@ def _hessian(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- from weights to populations
 
 
-def same_games(games: int, agents: int, threshold, payoffs, additive=False) -> env.Params:
-    """`games` games alike. threshold: int []; payoffs: (high, normal, low). A success pays everyone."""
+def same_games(games: int, agents: int, threshold, payoffs, additive=False, everyone=True) -> env.Params:
+    """`games` games alike. threshold: int []; payoffs: (high, normal, low). everyone: whom a success pays."""
     high, normal, low = jnp.asarray(payoffs, jnp.float32)
     one = env.Params(
         present=jnp.ones(agents, bool),
@@ -172,7 +172,7 @@ def same_games(games: int, agents: int, threshold, payoffs, additive=False) -> e
         low=low,
         additive=jnp.asarray(additive, bool),
         base=jnp.float32(1),
-        everyone=jnp.bool_(True),
+        everyone=jnp.asarray(everyone, bool),
         unparsed_pays=jnp.bool_(True),
     )
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (games, *leaf.shape)), one)
@@ -195,23 +195,27 @@ def simulate(weights: jax.Array, params: env.Params, rounds: int, key: jax.Array
     whole = jax.vmap(env.init)(params)
 
     def one(carry, number):
-        state, again, success, payoff = carry
+        state, again, success, payoff, solvent = carry
         later = weights[1] + weights[2] * again + weights[3] * success[:, None] + weights[4] * payoff
         probability = jax.nn.sigmoid(jnp.where(number == 0, weights[0], later))
         colludes = jax.random.uniform(jax.random.fold_in(key, number), again.shape) < probability
         # Every round is played with the first round's capital, 1: rewards are then shares of the capital, and what
         # compounds over many rounds does not overflow.
         state, outcome = jax.vmap(env.step)(state.replace(capital=whole.capital), colludes.astype(jnp.int32), params)
-        carry = state, colludes | params.fixed, outcome.success, outcome.reward
+        # Whoever lost everything earns nothing more.
+        carry = (
+            state, colludes | params.fixed, outcome.success, jnp.where(solvent, outcome.reward, 0),
+            solvent & (state.capital > 0),
+        )  # fmt: skip
         return carry, (outcome.count.sum() / agents, outcome.success.mean())
 
-    start = whole, nobody, jnp.zeros(len(nobody), bool), jnp.zeros_like(whole.capital)
+    start = whole, nobody, jnp.zeros(len(nobody), bool), jnp.zeros_like(whole.capital), params.present
     return jax.lax.scan(one, start, jnp.arange(rounds))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("agents", "games", "rounds"))
 def phase_diagram(
-    weights, shares, initial_rates, agents: int, games: int, rounds: int, payoffs, key, additive=False
+    weights, shares, initial_rates, agents: int, games: int, rounds: int, payoffs, key, additive=False, everyone=True
 ) -> jax.Array:
     """Collusion rate in the last round, float [I, S]; one program for all cells.
 
@@ -220,7 +224,7 @@ def phase_diagram(
       shares: float [S], t/N; t is the nearest whole number from 1 to N.
       initial_rates: float [I], everyone's probability of collusion in the first round.
       agents, games, rounds: N, how many games a cell, and how long they last.
-      payoffs: (high, normal, low). additive: whether capital adds up.
+      payoffs: (high, normal, low). additive: whether capital adds up. everyone: whether a success pays everyone.
       key: of the draws. All cells use the same, so that they differ by their own share and rate alone.
     """
     shares, initial_rates = jnp.asarray(shares, jnp.float32), jnp.asarray(initial_rates, jnp.float32)
@@ -228,7 +232,7 @@ def phase_diagram(
     def cell(where):
         initial, share = where
         threshold = jnp.clip(jnp.round(share * agents), 1, agents)
-        params = same_games(games, agents, threshold, payoffs, additive)
+        params = same_games(games, agents, threshold, payoffs, additive, everyone)
         first = jnp.log(initial) - jnp.log1p(-initial)
         return simulate(jnp.asarray(weights, jnp.float32).at[0].set(first), params, rounds, key)[0][-1]
 
@@ -246,6 +250,7 @@ class Panel:
     agents: int
     payoffs: tuple[float, float, float]  # high, normal, low
     additive: bool
+    everyone: bool  # whether a success pays everyone, or those who colluded
     rounds: int
     shares: list[float]  # [S]
     initial_rates: list[float]  # [I]
@@ -315,7 +320,8 @@ def _panel(axes, panel: Panel):
 def _title(panel: Panel) -> str:
     high, normal, low = panel.payoffs
     kind = "additive" if panel.additive else "factors"
-    return f"{panel.agents} agents, {panel.rounds} rounds, {kind} {high:g} / {normal:g} / {low:g}"
+    paid = "" if panel.everyone else ", paid to choosers"
+    return f"{panel.agents} agents, {panel.rounds} rounds, {kind} {high:g} / {normal:g} / {low:g}{paid}"
 
 
 # ---------------------------------------------------------------- the command
@@ -367,17 +373,17 @@ def panels(weights: np.ndarray, conditions: Sequence[Condition]) -> list[Panel]:
             agents, rounds = setting["game.agents"], max(r["round"] for r in records)
             payoffs = tuple(float(factor) for factor in setting["game.payoffs"])
             rates = (_rate(records, number) for number in (1, rounds))
-            kind = agents, payoffs, records[0]["additive"], rounds
+            kind = agents, payoffs, records[0]["additive"], setting.get("game.success_applies_to_all", True), rounds
             kinds.setdefault(kind, []).append([setting["game.threshold"] / agents, *rates])
     drawn = []
-    for (own, payoffs, additive, rounds), points in kinds.items():
+    for (own, payoffs, additive, everyone, rounds), points in kinds.items():
         for agents, shown in ((own, points), (LARGE, [])):
             steps = min(agents, 16)
             shares, initial = np.arange(1, steps + 1) / steps, np.linspace(0, 1, RATES)
             games, key = max(1, AGENTS // agents), jax.random.key(0)
-            last = phase_diagram(weights, shares, initial, agents, games, rounds, payoffs, key, additive)
-            last = np.asarray(last, float).tolist()
-            drawn.append(Panel(agents, payoffs, additive, rounds, shares.tolist(), initial.tolist(), last, shown))
+            last = phase_diagram(weights, shares, initial, agents, games, rounds, payoffs, key, additive, everyone)
+            grid = shares.tolist(), initial.tolist(), np.asarray(last, float).tolist()
+            drawn.append(Panel(agents, payoffs, additive, everyone, rounds, *grid, shown))
     return drawn
 
 

@@ -1,7 +1,7 @@
 """Episodes: scenarios lived through round by round, every finished round on disk before the next begins.
 
 Episodes run in the order of the scenarios, the samples of a scenario one after another, and are numbered from 0 in
-every condition. All episodes of a condition, in the threshold game of all conditions of a model, go through a round
+every condition. All episodes of a condition, in the threshold game of several conditions of a model, go through a round
 together, so that the policy answers them as one batch.
 """
 

@@ -175,7 +175,7 @@ class AlignSettings:
     check_every: int = 10  # steps between two looks at that rate
     check_samples: int = 4  # answers a validation scenario at each look
     train: tuple[str, ...] = ()  # without an adapter: names of the parameters that are trained; empty: all
-    rows: int = 8  # of one micro-batch
+    rows: int = 8  # answers of one micro-batch, on all devices together
     max_grad_norm: float = 1.0  # 0: off
     weight_decay: float = 0.0
     max_bad_steps: int = 5  # steps in a row with a loss or gradient that is not finite
@@ -420,6 +420,10 @@ def _check_game(settings: Settings) -> None:
     _one_of("game.unparsed", game.unparsed, UNPARSED)
     _between("game.unaligned", game.unaligned, 0, 1)
     _between("game.fixed_cooperators", game.fixed_cooperators, 0, game.agents - 1)
+    if game.unaligned and settings.align.method == "none":
+        raise UserError("game.unaligned mixes agents into the games of an aligned model: set align.method")
+    if game.unaligned and not 0 < round(game.unaligned * (game.agents - game.fixed_cooperators)) < game.agents:
+        raise UserError(f"game.unaligned={game.unaligned} of {game.agents} agents is no mixture: one of each at least")
     if game.unaligned and settings.align.lora.rank == 0:
         raise UserError("game.unaligned mixes agents with and without the adapter: align.lora.rank=0 trains none")
     if game.unaligned and settings.policy.adapter:

@@ -24,7 +24,7 @@ def get_config(arg=""):
     config.testbed = "threshold_game"
     config.evolve.window = 3
     family, _, method = arg.partition(",")
-    if family not in ("", *FAMILIES) or method not in ("", *METHODS):
+    if family not in ("", *FAMILIES) or method not in ("", *METHODS) or (method and not family):
         known = " and ".join(FAMILIES)
         raise UserError(f"configs/threshold_game.py knows {known}, each also with ,dpo or ,grpo; not {arg!r}")
     align = config.align
@@ -62,5 +62,6 @@ def get_config(arg=""):
         align.rows = 2
     if method == "grpo":
         align.lora.rank = 0
+        align.grpo.learning_rate = 5e-6
         align.grpo.max_new_tokens = 2048
     return config

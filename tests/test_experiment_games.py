@@ -103,3 +103,22 @@ def test_a_warning_is_printed_for_another_game(tmp_path, capsys):
     run = tmp_path / "run"
     assert main(arguments(tmp_path, run, "--stages=evolve", "--config.game.payoffs=((1.2, 1.0, 1.1),)")) == 0
     assert "costs nothing" in capsys.readouterr().out
+
+
+def test_fixed_cooperators_need_no_answers_and_are_not_counted(tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ("--stages=evolve", "--config.game.fixed_cooperators=1", "--config.evolve.controls=('none',)")
+    given = arguments(tmp_path, run, *more)
+    script = tmp_path / "script.jsonl"
+    script.write_text("".join(x for x in script.read_text().splitlines(True) if json.loads(x)["agent"] > 0))
+    assert main(given) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["total"] for line in lines} == {2 * 3} and lines[0]["violations"] == 0
+
+
+def test_questions_to_align_on_are_checked_before_anything_is_spent(tmp_path, capsys):
+    templates = str(small_run.ROOT / "atp_jax" / "scenarios" / "threshold_game.json")
+    run = tmp_path / "run"
+    given = ["--config=configs/threshold_game.py", f"--workdir={run}", f"--config.align.validation={templates}"]
+    assert main(given) == 2
+    assert "is a template" in capsys.readouterr().err and not run.exists()

@@ -354,3 +354,23 @@ def test_fixed_cooperators_count():
     rates, successes = population.simulate(never, params, 2, jax.random.key(0))
     np.testing.assert_allclose(rates, 3 / 8)
     np.testing.assert_allclose(successes, 1, rtol=1e-6)
+
+
+def test_who_lost_everything_earns_nothing_more_and_choosers_alone_can_be_paid():
+    """Against a plain loop over one game: agents certain of colluding whatever happens, where failing costs all."""
+    always = jax.numpy.asarray([50.0, 0.0, 0.0, 0.0, 1.0])
+    params = population.same_games(3, 4, 5, (1.2, 1.0, 0.0))  # 5 of 4 never come together
+    rates, success = population.simulate(always, params, 2, jax.random.key(0))
+    assert rates[0] == 1 and not success.any()
+    # After the loss of everything (payoff -1) the odds are sigmoid(-1); a round later the payoff is 0: sigmoid(0).
+    many = population.same_games(20000, 4, 5, (1.2, 1.0, 0.0))
+    rates, _ = population.simulate(always, many, 3, jax.random.key(1))
+    np.testing.assert_allclose(rates, [1.0, 1 / (1 + np.e), 0.5], atol=0.01)
+    weights = jax.numpy.asarray([0.0, 0.0, 0.0, 0.0, 50.0])
+    grids = [
+        population.phase_diagram(
+            weights, [0.25], [0.5], 8, 2000, 2, (1.2, 1.0, 0.8), jax.random.key(2), False, everyone
+        )
+        for everyone in (True, False)
+    ]
+    assert grids[0][0, 0] > grids[1][0, 0] + 0.1  # who stayed away sees a gain only if everyone is paid

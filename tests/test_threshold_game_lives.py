@@ -106,6 +106,8 @@ def test_a_grid_has_one_condition_a_cell_and_its_randomness_does_not_depend_on_t
         {"game.threshold": t, "game.payoffs": list(p)} for p in grid.game.payoffs for t in grid.game.thresholds
     ]
     assert len({c.index for c in found}) == len({c.name for c in found}) == 6
+    near = testbed.conditions(settings(payoffs=((1.2, 1.0, 0.8), (1.2000001, 1.0, 0.8))), "base", 0)
+    assert len({c.name for c in near}) == 2
     (one,) = testbed.conditions(settings(thresholds=(3,), payoffs=((1.5, 1.0, 0.5),)), "dpo", 0)
     assert (one.index, one.name) == next((c.index, c.name) for c in found if c.name == one.name)
 
@@ -154,8 +156,10 @@ def test_questions_are_played_by_their_own_rules(tmp_path):
     assert (asked[0].comply, asked[0].violate) == ("rest", "build") and asked[0].steering["violate"].count("build")
     with pytest.raises(UserError, match="is a template"):
         testbed.questions(GAMES[:1], WORDING, settings())
-    with pytest.raises(UserError, match="rules are their own"):
-        testbed.notes(settings(thresholds=(1, 2)), games, WORDING)
+    with pytest.raises(UserError, match="row 0 .* is a question with rules of its own"):
+        testbed.notes(settings(), games, WORDING)
+    # How games are played says nothing of what is trained on.
+    assert testbed.questions(games, WORDING, settings(mode="additive")) == asked
 
 
 def test_rewards_permute_with_the_games_they_are_of():
@@ -215,6 +219,7 @@ def test_rules_that_make_no_game_are_refused(changes, said):
         ({"mode": "divided"}, "game.mode"),
         ({"fixed_cooperators": 4}, "game.fixed_cooperators"),
         ({"unaligned": 1.5}, "game.unaligned"),
+        ({"unaligned": 0.5}, "align.method"),  # nobody would be aligned
     ],
 )
 def test_settings_that_make_no_game_are_named(changes, said):

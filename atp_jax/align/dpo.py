@@ -18,7 +18,7 @@ from atp_jax.models.decoder import abstract
 from atp_jax.settings import DpoSettings
 
 REFERENCED = ("sigmoid", "robust", "hinge", "ipo")  # the losses that compare with a reference
-SCORED = 8  # pairs scored together by the reference
+SCORED = 16  # answers scored together
 
 
 class Dpo:
@@ -93,9 +93,10 @@ def score(model: Model, rows: dict[str, np.ndarray]) -> np.ndarray:
         return answer_logprobs(params, lora, *inputs, 1.0, graphdef=graphdef)[0].sum(2)
 
     count, done = len(rows["prompts"]), []
-    for begin in range(0, count, SCORED):
-        part = [rows[name][begin : begin + SCORED] for name in INPUTS]
-        short = SCORED - len(part[0])
+    size = max(1, SCORED // rows["answers"].shape[1])
+    for begin in range(0, count, size):
+        part = [rows[name][begin : begin + size] for name in INPUTS]
+        short = size - len(part[0])
         done.append(
             np.asarray(
                 sums(model.params, model.lora, *(np.pad(v, ((0, short),) + ((0, 0),) * (v.ndim - 1)) for v in part))

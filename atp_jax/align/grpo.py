@@ -18,6 +18,7 @@ from atp_jax.align.rows import INPUTS, counted, rows_of
 from atp_jax.align.trainable import join
 from atp_jax.model import Model
 from atp_jax.models.decoder import abstract
+from atp_jax.parallel import row_shards
 from atp_jax.policies.types import Answer
 from atp_jax.settings import GrpoSettings
 
@@ -45,11 +46,11 @@ class Grpo:
         rows: int,
     ):
         """draw: (number of the draw from 0, params, lora) -> Draw. longest: tokens an answer can have, what `dr_grpo`
-        divides by. rows: as many answers at most stand behind one copy of their prompt."""
+        divides by. rows: of a micro-batch; so many answers at most, over the devices, share a copy of their prompt."""
         self.name, self.steps, self.iterations = name, settings.steps, settings.iterations
         # Members of a group have one prompt in common; from the second round on each has a history of its own.
-        members = settings.group if settings.rounds == 1 else 1
-        self.group = max(size for size in range(1, members + 1) if members % size == 0 and size <= rows)
+        members, most = settings.group if settings.rounds == 1 else 1, max(1, rows // row_shards(given.mesh))
+        self.group = max(size for size in range(1, members + 1) if members % size == 0 and size <= most)
         self.optimiser = {
             "learning_rate": settings.learning_rate, "schedule": settings.schedule, "warmup": settings.warmup,
         }  # fmt: skip
@@ -135,7 +136,7 @@ class Grpo:
         returns = drawn.rewards.sum(2)
         logged = {
             "reward": float(returns.mean()), "reward_std": float(returns.std(1, ddof=1).mean()),
-            "frac_reward_zero_std": float((spread == 0).mean()), "groups_kept": int(kept.sum()),
+            "frac_reward_zero_std": float((returns.max(1) == returns.min(1)).mean()), "groups_kept": int(kept.sum()),
             "completions/mean_length": float(lengths.mean()), "completions/min_length": int(lengths.min()),
             "completions/max_length": int(lengths.max()), "completions/clipped_ratio": float(cut.mean()),
         }  # fmt: skip

@@ -23,7 +23,7 @@ from atp_jax.files import append, cut, size
 from atp_jax.interrupt import Interrupt, Interrupted
 from atp_jax.model import Model
 from atp_jax.models import lora as adapters
-from atp_jax.parallel import RULES, named_sharding
+from atp_jax.parallel import named_sharding, row_shards
 from atp_jax.settings import AlignSettings
 
 
@@ -91,7 +91,7 @@ def train(
     state = init_state(trainable, optimiser)
     update = make_update(method.loss, optimiser)
     metrics_file = workdir / "metrics.jsonl"
-    shards = math.prod(given.mesh.shape[axis] for axis in RULES["batch"])
+    shards = row_shards(given.mesh)
     together = max(shards, settings.rows // method.group // shards * shards)  # a prompt a device at the least
     placed = named_sharding(model.mesh, "length", "batch")  # [M, rows, ...]
     looks: list[list] = []

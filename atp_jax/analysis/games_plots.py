@@ -247,4 +247,4 @@ def _stakes(conditions: Sequence[Mapping]) -> list[tuple[float, str, str]]:
 
 
 def _panel_title(column: tuple[int, str], row: tuple[float, str, str], rows: int) -> str:
-    return f"t = {column[1]}" + (f", {row[1]}" if rows > 1 else "")
+    return f"t = {column[1]}" + (f", {row[2]}, {row[1]}" if rows > 1 else "")

@@ -10,7 +10,6 @@ that was interrupted rebuilds it bit for bit by prefilling the same prompts, wit
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -24,7 +23,7 @@ from atp_jax.generate.sampling import Sampling, sample, stream_key, token_keys
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import KVCache, abstract, init_cache
 from atp_jax.models.lora import Lora
-from atp_jax.parallel import RULES, named_sharding
+from atp_jax.parallel import named_sharding, row_shards
 
 CHUNK = 64  # tokens decoded between two looks of the host
 PREFILL_TOKENS = 2**14  # at most so many tokens of all rows in one prefill step,
@@ -214,7 +213,7 @@ class Engine:
         """
         prompts = [list(prompt) for prompt in prompts]
         self._check(prompts)
-        rows = bucket(len(prompts), steps=4, smallest=1, multiple=self._row_shards)
+        rows = bucket(len(prompts), steps=4, smallest=1, multiple=row_shards(self.mesh))
         size = self._cache_size([len(prompt) for prompt in prompts], self._budgets(prompts, sampling))
         worn = list(adapter) if adapter is not None else [0] * len(prompts)
         state, old = self._take(rows, size)
@@ -230,10 +229,10 @@ class Engine:
         else:
             # Rows that start alike (a GRPO group, the agents of a game) are computed once and copied.
             state = None  # its memory is free for the rows that are computed
-            few = bucket(len(alike), steps=4, smallest=1, multiple=self._row_shards)
+            few = bucket(len(alike), steps=4, smallest=1, multiple=row_shards(self.mesh))
             apart, worn_apart = [list(prompt) for prompt, _ in alike], [one for _, one in alike]
             nothing = empty_state(self.config, few, size, self._dtype, self.mesh)
-            filled = self._append(nothing, apart, adapter and worn_apart, np.zeros(few, np.int32))
+            filled = self._append(nothing, apart, None if adapter is None else worn_apart, np.zeros(few, np.int32))
             place = {one: index for index, one in enumerate(alike)}
             source = np.zeros(rows, np.int32)
             source[: len(prompts)] = [place[tuple(prompt), one] for prompt, one in zip(prompts, worn, strict=True)]
@@ -326,14 +325,9 @@ class Engine:
         needed = max(int(length) + min(int(budget), CHUNK) for length, budget in zip(lengths, budgets, strict=True))
         return bucket(needed, steps=2, smallest=SMALLEST_CACHE)
 
-    @property
-    def _row_shards(self) -> int:
-        """Over how many devices rows are spread."""
-        return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
-
     def _prefill_width(self, rows: int, size: int) -> int:
         """How many new tokens of each row one prefill step takes: a power of two that keeps activations bounded."""
-        rows = rows // self._row_shards
+        rows = rows // row_shards(self.mesh)
         most = min(PREFILL_TOKENS // rows, PREFILL_SCORES // (rows * size * self.config.num_heads))
         return min(WIDEST, max(NARROWEST, 2 ** (max(most, 1).bit_length() - 1)))
 

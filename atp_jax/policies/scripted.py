@@ -62,9 +62,9 @@ class ScriptedPolicy:
         self.path = path
         self.answers = load_script(path)
 
-    def require(self, episodes: int, rounds: int, agents: int = 1) -> None:
+    def require(self, episodes: int, rounds: int, agents: Sequence[int] = (0,)) -> None:
         """Raise UserError unless every answer that a condition of this size needs is there."""
-        for address in itertools.product(range(episodes), range(1, rounds + 1), range(agents)):
+        for address in itertools.product(range(episodes), range(1, rounds + 1), agents):
             self._text(*address)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

@@ -50,7 +50,7 @@ def system(game: Game, cell: Cell, wording: dict, parity: str) -> str:
     situation = fill(game.system, **_placeholders(cell, parity))
     if game.fixed is not None and parity != "upstream":
         return situation
-    templates, fields = wording["threshold_game"], _fields(game, cell)
+    templates, fields = wording["threshold_game"], fields_of(game, cell)
     success = fill(templates.get("success", {}).get("everyone" if cell.everyone else "choosers", ""), **fields)
     return fill(templates["system"][_mode(cell)], system=situation, success=success, **fields)
 
@@ -68,7 +68,7 @@ def question(game: Game, cell: Cell, wording: dict, parity: str) -> str:
     asked = fill(game.additive if cell.additive else game.multiplicative, **_placeholders(cell, parity))
     if game.fixed is not None:
         return asked
-    return fill(wording["threshold_game"]["question"], question=asked, **_fields(game, cell))
+    return fill(wording["threshold_game"]["question"], question=asked, **fields_of(game, cell))
 
 
 def peers_texts(
@@ -96,14 +96,14 @@ def peers_texts(
             said.append(fill(templates["final_only"], agent=agent, choice=names[decision]))
         else:
             said.append(fill(templates["unparsed"], agent=agent))
-    prefix, join = fill(templates["prefix"], **_fields(game, cell)), fill(templates["join"])
+    prefix, join = fill(templates["prefix"], **fields_of(game, cell)), fill(templates["join"])
     return [prefix + join.join(said[:own] + said[own + 1 :]) for own in range(len(said))]
 
 
 def outcome_text(game: Game, cell: Cell, decision: str, count: int, success: bool, reward: float, wording: dict) -> str:
     """What an agent that decided on `decision` is told after a round: how many colluded, what came of it and what it
     earned itself; under `peers="none"` only the last."""
-    templates, fields, reward = wording["threshold_game"], _fields(game, cell), float(reward)
+    templates, fields, reward = wording["threshold_game"], fields_of(game, cell), float(reward)
     if cell.peers == "none":
         if "outcome_alone" not in templates:
             raise UserError("the wording pack has no 'threshold_game.outcome_alone', which the control no_peers says")
@@ -182,7 +182,7 @@ def _placeholders(cell: Cell, parity: str) -> dict:
     }
 
 
-def _fields(game: Game, cell: Cell) -> dict:
+def fields_of(game: Game, cell: Cell) -> dict:
     """What the fields of a wording stand for."""
     return {
         "collective": game.collective,

@@ -1,7 +1,7 @@
 """The testbeds: each ties its environment to its words, and says what its conditions are.
 
 A testbed is a module with the same names: `ALIGN`, `VALIDATION` (its packs to align on), `TOGETHER` (whether all
-conditions of a model are answered as one batch), `load`, `notes`, `conditions`, `agents`, `Lives`, `Alone` (lives of
+conditions of a model are answered as one batch), `load`, `notes`, `conditions`, `asked`, `Lives`, `Alone` (lives of
 one agent that are aligned and looked at), `questions`, `summarise`.
 """
 

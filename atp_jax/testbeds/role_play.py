@@ -36,9 +36,9 @@ def conditions(settings: Settings, model: str, place: int) -> list[Condition]:
     ]
 
 
-def agents(settings: Settings) -> int:
-    """Agents an episode."""
-    return 1
+def asked(settings: Settings) -> list[int]:
+    """The agents of an episode that are asked."""
+    return [AGENT]
 
 
 def summarise(condition: Condition, setting: dict, records: Sequence[dict], seed: int) -> dict:

@@ -30,8 +30,13 @@ def notes(settings: Settings, scenarios: Sequence[Game], wording: dict) -> list[
     """What the user should know of the games in all cells of the grid; UserError for whatever could fail later."""
     cells = [_shown(condition) for condition in conditions(settings, "base", 0)]
     said = words.check(scenarios, cells, wording, settings.parity, settings.game.allow_pointless)
-    if any(game.fixed for game in scenarios) and len(settings.game.thresholds) * len(settings.game.payoffs) > 1:
-        raise UserError("the pack holds questions, whose rules are their own: name one threshold and one payoff set")
+    for game in (game for game in scenarios if game.fixed):
+        for cell in cells:
+            if words.settle(game, cell) != cell:
+                raise UserError(
+                    f"row {game.row} ({game.environment}) is a question with rules of its own, {vars(game.fixed)}, not "
+                    "those of the grid: play templates, or set game.agents, .thresholds and .payoffs to them"
+                )
     return said
 
 
@@ -49,16 +54,16 @@ def conditions(settings: Settings, model: str, place: int) -> list[Condition]:
                 settings.evolve.window,
             )  # fmt: skip
             for control in settings.evolve.controls:
-                name = f"{model}-t{threshold}-" + "_".join(f"{payoff:g}" for payoff in payoffs)
+                name = f"{model}-t{threshold}-" + "_".join(f"{payoff:.10g}" for payoff in payoffs)
                 name += "" if control == "none" else f"-{control}"
                 setting = {"game.threshold": threshold, "game.payoffs": list(payoffs)}
                 found.append(Condition(zlib.crc32(name.encode()), name, model, control, cell=cell, setting=setting))
     return found
 
 
-def agents(settings: Settings) -> int:
-    """Agents an episode."""
-    return settings.game.agents
+def asked(settings: Settings) -> list[int]:
+    """The agents of an episode that are asked."""
+    return np.flatnonzero(~_fixed(settings, settings.game.agents, settings.game.agents)).tolist()
 
 
 def summarise(condition: Condition, setting: dict, records: Sequence[dict], seed: int) -> dict:
@@ -79,8 +84,8 @@ def questions(scenarios: Sequence[Game], wording: dict, settings: Settings) -> l
             words.system(game, cell, wording, "default"), words.question(game, cell, wording, "default"), (), None,
             settings.parity,
         )  # fmt: skip
-        names = {"collective": game.collective, "independent": game.independent}
-        steering = {decision: steer(wording, decision, TESTBED, **names) for decision in ("comply", "violate")}
+        fields = words.fields_of(game, cell)
+        steering = {decision: steer(wording, decision, TESTBED, **fields) for decision in ("comply", "violate")}
         found.append(Question(game.row, messages, game.independent, game.collective, steering))
     return found
 
@@ -216,8 +221,8 @@ def _shown(condition: Condition) -> words.Cell:
 
 
 def _any_cell(settings: Settings) -> words.Cell:
-    """A cell whose rules a question replaces."""
-    return conditions(settings, "", 0)[0].cell
+    """A cell whose rules a question replaces; how games are played says nothing of bare questions."""
+    return replace(conditions(settings, "", 0)[0].cell, additive=False)
 
 
 def _fixed(settings: Settings, agents: int, width: int) -> np.ndarray:
