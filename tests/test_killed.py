@@ -134,14 +134,14 @@ def finished(folder, environment):
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_the_same(folder, environment, finished):
     """A moment is drawn as a place in the run (so many lines of metrics, in each of nineteen parts of the run one; the
-    first is before any) and up to a second and a half after it; every fourth is the next write of a checkpoint."""
+    first is before any) and up to 0.8 s after it; every fourth is the next write of a checkpoint."""
     workdir, draw, total = folder / "run", random.Random(0), len(metrics(finished))
     again = command(folder, workdir)
     began, where, torn = time.monotonic(), [], 0
     with (folder / "said").open("w") as said:
         for number in range(KILLS):
             lines = max(0, int((number - 1 + draw.random()) * total / (KILLS - 1)))
-            delay = None if number % 4 == 3 else draw.uniform(0, 1.5 if lines else 8)
+            delay = None if number % 4 == 3 else draw.uniform(0, 0.8 if lines else 8)
             process = subprocess.Popen(again, cwd=small_run.ROOT, env=environment, stdout=said, stderr=said)
             if kill(process, workdir, lines, delay):
                 where.append(stage(workdir))
