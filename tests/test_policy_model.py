@@ -98,7 +98,7 @@ def test_every_part_of_the_address_and_the_seed_matter(model):
 
 def test_thinking_reaches_the_template(model, monkeypatch):
     prompts = []
-    monkeypatch.setattr(engines.Engine, "prefill", lambda self, asked, sampling: prompts.append(asked))
+    monkeypatch.setattr(engines.Engine, "prefill", lambda self, asked, *_: prompts.append(asked))
     for thinking in (None, True, False):
         ModelPolicy(model, SAMPLING, SEED, thinking).recall(requests())
     close = model.tokenizer.convert_tokens_to_ids("</think>")

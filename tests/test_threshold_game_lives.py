@@ -181,7 +181,7 @@ def test_unaligned_agents_answer_as_the_base_does(tmp_path):
     lora = adapters.init(base.config, 4, 8, ("query", "down"), 0, base.mesh)
     draw = np.random.default_rng(0)
     lora = lora.replace(
-        b={name: jax.numpy.asarray(draw.normal(size=b.shape) * 0.1, b.dtype) for name, b in lora.b.items()}
+        b={name: jax.numpy.asarray(draw.normal(size=b.shape) * 0.5, b.dtype) for name, b in lora.b.items()}
     )
     worn, found = dataclasses.replace(base, lora=lora), {}
     for name, model, share in (("base", base, 0.0), ("dpo", worn, 0.0), ("mixed", worn, 0.5)):
