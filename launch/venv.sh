@@ -8,6 +8,9 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
+# On a CPU XLA takes fresh memory for every step; in large pages it costs less (glibc 2.35 or newer, else ignored).
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
 find_python() {
     local candidate
     for candidate in python3 python3.12 python3.11 python3.13 python; do
