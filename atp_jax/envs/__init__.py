@@ -1,5 +1,5 @@
 """The rules of the testbeds as pure functions of arrays: no text, no Python state."""
 
-from atp_jax.envs import role_play, threshold_game
+from atp_jax.envs import role_play, threshold_game, tool_use
 
-__all__ = ["role_play", "threshold_game"]
+__all__ = ["role_play", "threshold_game", "tool_use"]
