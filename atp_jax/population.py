@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.style
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -394,6 +394,7 @@ def _rate(records: Sequence[Mapping], number: int) -> float:
 
 def main(argv):
     del argv
+    logging.set_verbosity(logging.WARNING)
     run, out = flags.FLAGS.run, flags.FLAGS.out
     try:
         if not run or not out:
