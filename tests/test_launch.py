@@ -227,7 +227,8 @@ def test_a_slice_that_is_there_and_runs_is_only_followed(place):
 
 
 def test_what_is_detached_leaves_its_words_and_its_status(tmp_path):
-    subprocess.run([ROOT / "launch/detach.sh", "bash", "-c", 'echo "$0 said"; exit 3', "it's"], cwd=tmp_path, check=True)
+    words = ["bash", "-c", 'echo "$0 said"; exit 3', "it's"]
+    subprocess.run([ROOT / "launch/detach.sh", *words], cwd=tmp_path, check=True)
     until = time.monotonic() + 60
     while not (tmp_path / "run.status").exists() or not (tmp_path / "run.status").read_text():
         assert time.monotonic() < until
