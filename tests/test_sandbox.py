@@ -39,6 +39,14 @@ def memory(pid: int | str, what: str) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what + ":")), 0.0)
 
 
+def state(pid: int) -> str:
+    """The process's state by one letter, T for stopped; Z also where there is none any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
 class Watch:
     """The highest memory of any worker while it is open, those that die included."""
 
@@ -259,6 +267,8 @@ def test_a_worker_that_hangs_or_died_is_replaced(strangers, blow):
         assert sandbox.run("print(1)").text == "1\n"
         (worker,) = set(workers()) - others
         os.kill(worker, blow)
+        while state(worker) not in "TZ":  # the signal takes a moment to arrive
+            pass
         ran = sandbox.run("print(2)")
         assert ran.text in ("Error: the tool stopped while it ran the code", "2\n")
         assert (ran.text == "2\n") <= (blow == signal.SIGKILL)  # the dead may have been noticed in time
