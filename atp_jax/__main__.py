@@ -8,14 +8,24 @@
 --workdir   where the run is kept: the same command again resumes it, or shows its result again
 --stages    which stages run, in place of those the config names
 
-Exit status 0; 2 with one line on stderr for anything that you can mend.
+In several processes the same command is started once a process (a host, as a rule), in a directory that all see:
+
+--coordinator  host:port of process 0, any free port        (or JAX_COORDINATOR_ADDRESS)
+--processes    how many there are                           (or JAX_NUM_PROCESSES)
+--process_id   which one this is, from 0                    (or JAX_PROCESS_ID, in Kubernetes JOB_COMPLETION_INDEX)
+
+Under srun of SLURM and on the hosts of a TPU slice these are found without being said.
+
+Exit status 0; 2 with one line on stderr for anything that you can mend; 1 where the program or a process failed.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +34,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from atp_jax import experiment, settings
+from atp_jax import experiment, processes, settings
 from atp_jax.errors import UserError
 from atp_jax.interrupt import Interrupted
+
+PROCESSES = ("coordinator", "processes", "process_id")
 
 
 class _Optional(flags.ArgumentParser):
@@ -95,6 +107,8 @@ def parse(arguments: Sequence[str]) -> tuple[settings.Settings, Path]:
     flags.DEFINE_string("config", None, "config file", flag_values=flag_values)
     flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=flag_values)
     flags.DEFINE_list("stages", None, "stages to run", flag_values=flag_values)
+    for name in PROCESSES:
+        flags.DEFINE_string(name, None, "see processes.py", flag_values=flag_values)
     try:
         left = flag_values(["atp_jax", *arguments], known_only=True)[1:]
         if not flag_values.config:
@@ -119,25 +133,53 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "atp_jax" / "compilations"))
 
 
+def join(arguments: Sequence[str]) -> None:
+    """Joins the other processes, if this is one of several."""
+    flag_values = flags.FlagValues()
+    for name in PROCESSES:
+        flags.DEFINE_string(name, None, "see processes.py", flag_values=flag_values)
+    try:
+        flag_values(["atp_jax", *arguments], known_only=True)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    launch = processes.find(*(flag_values[name].value for name in PROCESSES), os.environ)
+    if launch is not None:
+        processes.connect(launch)
+
+
+def attempt(arguments: Sequence[str]) -> tuple[int, str]:
+    """The run itself: its exit status, and what is to be said on stderr."""
+    try:
+        chosen, workdir = parse(arguments)
+        keep_compilations()
+        experiment.run(chosen, workdir)
+    except UserError as error:
+        return 2, "error: " + " ".join(str(error).split())
+    except Interrupted as stopped:
+        print(stopped, flush=True)
+    except KeyboardInterrupt:
+        return 130, "interrupted: the same command again goes on from the last finished round"
+    except Exception:
+        if processes.count() == 1:
+            raise
+        return 1, traceback.format_exc()
+    return 0, ""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line (without the program's name) and return its exit status."""
     if any(argument in ("-h", "-help", "--help", "--helpfull") for argument in arguments):
         print(__doc__)
         return 0
     try:
-        chosen, workdir = parse(arguments)
-        keep_compilations()
-        experiment.run(chosen, workdir)
+        join(arguments)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except Interrupted as stopped:
-        print(stopped, flush=True)
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted: the same command again goes on from the last finished round", file=sys.stderr)
-        return 130
-    return 0
+    with contextlib.ExitStack() as stack:
+        if not processes.leads():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return processes.end(*attempt(arguments))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from atp_jax import processes
 from atp_jax.align import loop, pairs
 from atp_jax.align.dpo import Dpo
 from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.chat import Chat
 from atp_jax.decisions import DECISIONS, read_decision
 from atp_jax.errors import UserError
-from atp_jax.files import append, mend, read_lines, write_lines
+from atp_jax.files import append, exists, mend, read_lines, write_lines
 from atp_jax.generate.sampling import Sampling
 from atp_jax.lab import Lab
 from atp_jax.model import Model
@@ -60,12 +61,13 @@ def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
     if line not in read_lines(metrics_file):
         append(metrics_file, [line])
     pairs.write_pairs(workdir / "pairs.jsonl", found)
+    processes.wait()
     print(", ".join(f"{name} {value}" for name, value in line.items()))
 
 
 def train_dpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
     """Writes `models/dpo`, trained on `pairs.jsonl`."""
-    if not (workdir / "pairs.jsonl").exists():
+    if not exists(workdir / "pairs.jsonl"):
         raise UserError(f"{workdir} holds no pairs.jsonl: run the stage pairs first")
     dpo = settings.align.dpo
     chat = Chat(lab.model.tokenizer, settings.sampling.thinking)
@@ -215,7 +217,6 @@ def evolve_weights(
         lives = testbed(settings).Lives(cell, episodes, lab.wording, once)
         records = [r | {"round": number, "updates": step} for r in lives.tell(policy.answer(lives.ask()))]
         everything.extend(records)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, everything)
         if evolve.probe:
             there = path.with_name("probe.jsonl")
@@ -226,7 +227,7 @@ def evolve_weights(
         on_round(Finished(condition, number, records, False, time.perf_counter() - began))
         return sum(record["decision"] == "violate" for record in records) / len(records)
 
-    if not (workdir / "models" / condition.name).exists():
+    if not exists(workdir / "models" / condition.name):
         draw = Episodes(settings, lab, scenarios, grpo, paid=True, index=condition.index)
         method = Grpo(condition.name, draw, lab.model, grpo, draw.longest, settings.align.rows)
         training = dataclasses.replace(settings.align, target=None, check_every=weights.measure_every)
@@ -270,12 +271,18 @@ def _identity(settings: Settings) -> dict:
 
 
 def save_model(model: Model, path: Path, base: str) -> None:
-    """A PEFT adapter directory of a model that wears an adapter, else a Hugging Face directory; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A PEFT adapter directory of a model that wears an adapter, else a Hugging Face directory; whole or not at all.
+
+    Of several processes, all call it and process 0 writes; it returns when the directory is there."""
+    if processes.leads():
+        path.parent.mkdir(parents=True, exist_ok=True)
     if model.lora is None:
         model.save(path)
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    peft.save(partial, model.config, model.lora, base)
-    partial.replace(path)
+    else:
+        partial = path.with_name(f".{path.name}.partial")
+        if processes.leads():
+            shutil.rmtree(partial, ignore_errors=True)
+        peft.save(partial, model.config, model.lora, base)
+        if processes.leads():
+            partial.replace(path)
+    processes.wait()

@@ -17,15 +17,16 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
-from atp_jax import analysis
+from atp_jax import analysis, processes
 from atp_jax.errors import UserError
-from atp_jax.files import append, mend, read_json, read_lines, write_json
+from atp_jax.files import append, exists, mend, read_json, read_lines, write_json
 from atp_jax.lab import Lab, aligned, open_lab
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
@@ -91,10 +92,14 @@ def _machine() -> dict:
         except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
             versions[package] = None
     device = jax.devices()[0]
-    return {
-        "versions": versions,
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-    }
+    about = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
+    return {"versions": versions, "device": about | {"processes": processes.count()}}
+
+
+def _started(settings: Settings, workdir: Path) -> str:
+    """What must be the same in all processes."""
+    about = {"config": _configuration(settings), "stages": settings.stages, "workdir": str(workdir)}
+    return json.dumps(about | ({"versions": _machine()["versions"]} if processes.count() > 1 else {}))
 
 
 def _configuration(settings: Settings) -> dict:
@@ -117,14 +122,16 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
     """
     new = [path for path in (workdir, *workdir.parents) if not path.exists()]
     config = workdir / "config.json"
-    fresh = not config.exists()
+    fresh = not exists(config)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if processes.leads():
+            workdir.mkdir(parents=True, exist_ok=True)
         if fresh:
             write_json(config, document)
+        _see(config)
         yield
     except (UserError, OSError) as error:
-        if fresh and not (workdir / "metrics.jsonl").exists():
+        if fresh and processes.leads() and not (workdir / "metrics.jsonl").exists():
             for name in ("evolve", "checkpoints"):
                 shutil.rmtree(workdir / name, ignore_errors=True)
             config.unlink(missing_ok=True)
@@ -134,6 +141,16 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
         if isinstance(error, OSError):
             raise UserError(f"cannot write {error.filename or workdir}: {error.strerror or error}") from error
         raise
+
+
+def _see(path: Path) -> None:
+    """UserError where a process does not see what process 0 has written; a shared disk may need some seconds."""
+    processes.wait()
+    for _ in range(20):
+        if path.exists():
+            return
+        time.sleep(0.5)
+    raise UserError(f"{path} is not there, though process 0 has it: the workdir must be on a disk that all hosts share")
 
 
 def _check_place(workdir: Path) -> None:
@@ -235,6 +252,7 @@ def _check_scenarios(settings: Settings, lab: Lab) -> None:
     """Whatever the scenarios could fail by later, and what the user should know of them."""
     bed = testbed(settings)
     scenarios = bed.load(settings.data.path, settings.data.items, settings.data.limit)
+    processes.alike("what is in the scenarios or the wording", repr(scenarios) + repr(lab.wording))
     for note in bed.notes(settings, scenarios, lab.wording):
         print("note:", note)
     if lab.model is None:
@@ -274,16 +292,18 @@ def report(settings: Settings, workdir: Path) -> None:
 
 def _finished(stage: str, workdir: Path) -> bool:
     left = {"pairs": "pairs.jsonl", "dpo": "models/dpo", "grpo": "models/grpo", "evolve": "results.json"}
-    return stage in left and (workdir / left[stage]).exists()
+    return stage in left and exists(workdir / left[stage])
 
 
 def run(settings: Settings, workdir: Path) -> None:
     """Run the stages that the settings name. The same again resumes, and a finished stage is not run again."""
-    _check_place(workdir)
+    processes.alike("the configuration, or a version of what it runs with,", _started(settings, workdir))
+    if processes.leads():
+        _check_place(workdir)
     recorded = read_json(workdir / "config.json")
     if recorded is not None:
         _refuse_difference(workdir, recorded["config"], _configuration(settings), "another configuration")
-    elif any((workdir / name).exists() for name in LEAVINGS):
+    elif any(exists(workdir / name) for name in LEAVINGS):
         raise UserError(f"{workdir} holds a run without its config.json; use another workdir")
     for stage in settings.stages:
         if _finished(stage, workdir):
@@ -309,5 +329,5 @@ def run(settings: Settings, workdir: Path) -> None:
                     evolve(settings, workdir, lab)
                 else:
                     _align(stage, settings, workdir, lab)
-    if "report" in settings.stages:
+    if "report" in settings.stages and processes.leads():
         report(settings, workdir)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from atp_jax import processes
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
@@ -121,15 +122,18 @@ class Model:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a directory that transformers reads: weights (an adapter's summed into them), configs and tokenizer.
 
-        It appears as a whole or not at all. UserError if something is there already or it cannot be written.
+        It appears as a whole or not at all; of several processes, all call this and process 0 writes. UserError if
+        something is there already or it cannot be written.
         """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            if processes.leads() and path.exists() and not (path.is_dir() and not any(path.iterdir())):
                 raise UserError(f"{path}: exists already; models are not overwritten")
             params = self.params if self.lora is None else merge(self.params, self.lora)
             huggingface.save(temporary, self.config, params)
+            if not processes.leads():
+                return
             self.tokenizer.save_pretrained(temporary)
             generation = {**self.generation, "eos_token_id": list(self.stop) or None}
             (temporary / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

@@ -6,9 +6,11 @@ Parameters carry the names of their logical axes (models/decoder.py); `RULES` is
 and the names of a batch's axes, to mesh axes.
 """
 
+import functools
 import math
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -59,6 +61,36 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
     """The sharding of an array with these logical axes, e.g. ("batch", "kv_heads", "length", "head_dim")."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in axes)))
+
+
+def put(values, sharding: NamedSharding):
+    """A tree of arrays that every process has whole and alike, placed on a mesh; each process copies its own part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, values)
+
+
+def fetch(tree):
+    """A tree of arrays on the host, whole in every process. Called by all processes, in the same order."""
+
+    def everywhere(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return _gather(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+
+    return jax.device_get(jax.tree.map(everywhere, tree))
+
+
+@functools.cache
+def _gather(whole: NamedSharding):
+    return jax.jit(lambda x: x, out_shardings=whole)
 
 
 def row_shards(mesh: Mesh) -> int:

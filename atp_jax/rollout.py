@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from atp_jax.errors import UserError
-from atp_jax.files import append, cut
+from atp_jax.files import append, cut, read
 from atp_jax.policies.types import Answer, Policy
 from atp_jax.settings import Settings
 from atp_jax.testbeds import testbed
@@ -38,9 +38,7 @@ def recover(path: Path, addresses: Sequence[tuple[int, int]]) -> list[list[dict]
     Whatever follows them (a round that was being written when the run was killed, a torn line) is cut off the file, so
     that the next round can be appended.
     """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
+    data = read(path) or b""
     rounds: list[list[dict]] = []
     kept, end, current = 0, 0, []
     while (newline := data.find(b"\n", end)) >= 0:
@@ -105,7 +103,6 @@ def run_conditions(
             begin, end = end, end + len(part)
             records = lives.tell(answers[begin:end])
             if number > len(recovered[place]):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 append(path, records)
             elif records != recovered[place][number - 1]:
                 raise UserError(

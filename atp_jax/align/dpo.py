@@ -15,6 +15,7 @@ from atp_jax.align.rows import INPUTS, rows_of
 from atp_jax.align.trainable import join
 from atp_jax.model import Model
 from atp_jax.models.decoder import abstract
+from atp_jax.parallel import fetch
 from atp_jax.settings import DpoSettings
 
 REFERENCED = ("sigmoid", "robust", "hinge", "ipo")  # the losses that compare with a reference
@@ -98,7 +99,7 @@ def score(model: Model, rows: dict[str, np.ndarray]) -> np.ndarray:
         part = [rows[name][begin : begin + size] for name in INPUTS]
         short = size - len(part[0])
         done.append(
-            np.asarray(
+            fetch(
                 sums(model.params, model.lora, *(np.pad(v, ((0, short),) + ((0, 0),) * (v.ndim - 1)) for v in part))
             )
         )

@@ -18,7 +18,7 @@ from atp_jax.align.rows import INPUTS, counted, rows_of
 from atp_jax.align.trainable import join
 from atp_jax.model import Model
 from atp_jax.models.decoder import abstract
-from atp_jax.parallel import row_shards
+from atp_jax.parallel import fetch, row_shards
 from atp_jax.policies.types import Answer
 from atp_jax.settings import GrpoSettings
 
@@ -130,7 +130,7 @@ class Grpo:
         for place, answer in zip(np.ndindex(answers), drawn.answers, strict=True):
             rows["sampler"][place][: len(answer.tokens)] = answer.logprobs
         if self.iterations > 1:
-            rows["old"] = np.asarray(self._score(params, lora, *(rows[name] for name in INPUTS))).reshape(mask.shape)
+            rows["old"] = fetch(self._score(params, lora, *(rows[name] for name in INPUTS))).reshape(mask.shape)
         lengths = np.array([len(answer.tokens) for answer in drawn.answers])
         cut = np.array([answer.finish == "length" for answer in drawn.answers])
         returns = drawn.rewards.sum(2)

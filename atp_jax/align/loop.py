@@ -15,6 +15,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from atp_jax import processes
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import check_bad, init_state, make_optimiser, make_update, micro_batches
 from atp_jax.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ from atp_jax.files import append, cut, size
 from atp_jax.interrupt import Interrupt, Interrupted
 from atp_jax.model import Model
 from atp_jax.models import lora as adapters
-from atp_jax.parallel import named_sharding, row_shards
+from atp_jax.parallel import fetch, named_sharding, put, row_shards
 from atp_jax.settings import AlignSettings
 
 
@@ -124,18 +125,19 @@ def train(
             reached = looks and settings.target is not None and looks[-1][1] <= settings.target
             if step == method.steps or reached:
                 break
-            if interrupt.asked and step % method.iterations == 0:
+            asked = processes.first(interrupt.asked)
+            if asked and step % method.iterations == 0:
                 save()
                 checkpoints.wait()
                 where = f"step {step} of {method.name}"
-                raise Interrupted(f"stopped by {interrupt.asked} after {where}; the same command goes on from there")
+                raise Interrupted(f"stopped by {asked} after {where}; the same command goes on from there")
 
             began, compiled = time.perf_counter(), compilations.count
             batch, logged = method.batch(step, params, lora)
             drawn = time.perf_counter()
             shaped = micro_batches(batch, together)
-            state, metrics, outputs = update(state, fixed, jax.device_put(shaped, placed))
-            metrics, outputs = jax.device_get((metrics, outputs))
+            state, metrics, outputs = update(state, fixed, put(shaped, placed))
+            metrics, outputs = fetch((metrics, outputs))
             metrics = {name: float(value) for name, value in metrics.items()}
             rows = len(next(iter(batch.values())))
             outputs = {name: value.reshape(-1, *value.shape[2:])[:rows] for name, value in outputs.items()}

@@ -16,6 +16,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from atp_jax.errors import UserError
+from atp_jax.parallel import put
 
 
 class TrainState(struct.PyTreeNode):
@@ -79,7 +80,7 @@ def init_state(trainable: Any, optimiser: Optimiser) -> TrainState:
     zero = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three arrays: one cannot be donated thrice
     state = TrainState(trainable, optimiser.transform.init(trainable), *zero)
     # Committed to where it lies, as what an update returns: else the second update would be compiled again.
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding if x.ndim else everywhere), state)
+    return jax.tree.map(lambda x: put(x, x.sharding if x.ndim else everywhere), state)
 
 
 def make_update(loss: Callable, optimiser: Optimiser) -> Callable:

@@ -23,7 +23,7 @@ from atp_jax.generate.sampling import Sampling, sample, stream_key, token_keys
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import KVCache, abstract, init_cache
 from atp_jax.models.lora import Lora
-from atp_jax.parallel import named_sharding, row_shards
+from atp_jax.parallel import fetch, named_sharding, put, row_shards
 
 CHUNK = 64  # tokens decoded between two looks of the host
 PREFILL_TOKENS = 2**14  # at most so many tokens of all rows in one prefill step,
@@ -287,7 +287,7 @@ class Engine:
             if size > state.cache.keys[0].shape[2]:
                 state = state.replace(cache=resize(state.cache, size, self.mesh))
             state, *drawn = decode_chunk(weights, state, asked, CHUNK, **self._static)
-            now, done, chunk, chunk_log_probs = jax.device_get((state.produced, state.done, *drawn))
+            now, done, chunk, chunk_log_probs = fetch((state.produced, state.done, *drawn))
             for row in np.flatnonzero(active):
                 fresh = now[row] - produced[row]
                 tokens[row] += chunk[row, :fresh].tolist()
@@ -357,7 +357,7 @@ class Engine:
             temperature=padded([s.temperature for s in each], np.float32),
             top_k=padded([s.top_k for s in each], np.int32),
             top_p=padded([s.top_p for s in each], np.float32),
-            stop=jax.device_put(stop, NamedSharding(self.mesh, PartitionSpec())),
+            stop=put(stop, NamedSharding(self.mesh, PartitionSpec())),
         )
 
     def _weights(self, rows: int, adapter: Sequence[int] | None) -> Weights:
@@ -371,7 +371,7 @@ class Engine:
         return Weights(self.params, self.lora, self._put(worn))
 
     def _put(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(rows, named_sharding(self.mesh, "batch"))
+        return put(rows, named_sharding(self.mesh, "batch"))
 
 
 def per_row(sampling: Sampling | Sequence[Sampling], rows: Sequence) -> list[Sampling]:

@@ -16,10 +16,11 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from atp_jax import processes
 from atp_jax.errors import UserError
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
-from atp_jax.parallel import param_shardings
+from atp_jax.parallel import fetch, param_shardings
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -109,7 +110,8 @@ def load_params(directory: str | os.PathLike, config: DecoderConfig, dtype, mesh
 
 
 def save(directory: str | os.PathLike, config: DecoderConfig, params, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and the weights, in the dtype they have, as a directory that transformers loads.
+    """Write config.json and the weights, in the dtype they have, as a directory that transformers loads. All processes
+    call it, process 0 writes.
 
     One `model.safetensors`, or several with an index when they are more than `max_shard_bytes` together (one tensor is
     never divided). Each file appears whole or not at all, config.json last. Weights of an earlier save that this one
@@ -122,7 +124,6 @@ def save(directory: str | os.PathLike, config: DecoderConfig, params, max_shard_
 
 
 def _save(directory: Path, config: DecoderConfig, params, max_shard_bytes: int) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {}  # name -> (array, layer or None, dimensions), in the order of the checkpoint
     for path, variable in nnx.to_flat_state(params):
         template, dims = TENSORS[path]
@@ -135,9 +136,14 @@ def _save(directory: Path, config: DecoderConfig, params, max_shard_bytes: int) 
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         content = {name: _to_torch(*tensors[name]) for name in names}
+        written |= dict.fromkeys(names, file)
+        if not processes.leads():
+            continue
+        directory.mkdir(parents=True, exist_ok=True)
         with _replacing(directory / file) as temporary:
             safetensors.numpy.save_file(content, temporary, metadata={"format": "pt"})
-        written |= dict.fromkeys(names, file)
+    if not processes.leads():
+        return
     for old in [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE, directory / INDEX]:
         if old.name not in written.values():
             old.unlink(missing_ok=True)
@@ -246,19 +252,19 @@ def _and_more(names: list[str]) -> str:
 def _reader(weights: _Weights, path, shape, dtype):
     """What make_array_from_callback calls with the index of one device's part: reads just that."""
     template, dims = TENSORS[path]
-    last = [None, None]  # devices that hold the same part ask one after another: read it once
+    known = {}  # devices that hold the same part: read it once
 
     def read(index):
-        ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-        if last[0] == ranges:
-            return last[1]
+        ranges = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        if ranges in known:
+            return known[ranges]
         if path[0] == "layers":
             part = np.empty([stop - start for start, stop in ranges], dtype)
             for at, layer in enumerate(range(*ranges[0])):
                 part[at] = _from_torch(weights.slices(template.format(layer)), dims, ranges[1:], shape[1:])
         else:
             part = np.ascontiguousarray(_from_torch(weights.slices(template), dims, ranges, shape)).astype(dtype)
-        last[:] = ranges, part
+        known[ranges] = part
         return part
 
     return read
@@ -275,7 +281,7 @@ def _from_torch(stored, dims, ranges, shape) -> np.ndarray:
 
 def _to_torch(array, layer, dims) -> np.ndarray:
     """The reverse: a whole array, or one layer of it, as the tensor of a checkpoint."""
-    ours = np.asarray(jax.device_get(array if layer is None else array[layer]))
+    ours = np.asarray(fetch(array if layer is None else array[layer]))
     shape = [math.prod(ours.shape[axis] for axis in axes) for axes in dims]
     # contiguous, because safetensors writes the memory as it lies
     return np.ascontiguousarray(ours.transpose([axis for axes in dims for axis in axes]).reshape(shape))

@@ -15,7 +15,7 @@ from flax import nnx, struct
 
 from atp_jax.errors import UserError
 from atp_jax.models.config import DecoderConfig
-from atp_jax.parallel import named_sharding
+from atp_jax.parallel import named_sharding, put
 
 # Target -> its logical axes in and out, those of the Decoder's parameter.
 INTO, OUT = ("embed",), {"heads": ("heads", "head_dim"), "kv_heads": ("kv_heads", "head_dim")}
@@ -122,12 +122,12 @@ def merge(params, lora: Lora):
 def place(lora: Lora, mesh) -> Lora:
     """On the mesh: A as its projection's inputs lie, B as its outputs, ranks everywhere."""
 
-    def put(values, side):
+    def side(values, which):
         placed = {}
         for name, array in values.items():
-            axes = ("layers", *TARGETS[name][0], "rank") if side == 0 else ("layers", "rank", *TARGETS[name][1])
-            placed[name] = jax.device_put(array, named_sharding(mesh, *axes))
+            axes = ("layers", *TARGETS[name][0], "rank") if which == 0 else ("layers", "rank", *TARGETS[name][1])
+            placed[name] = put(array, named_sharding(mesh, *axes))
         return placed
 
     whole = named_sharding(mesh, "rank")
-    return Lora(put(lora.a, 0), put(lora.b, 1), jax.device_put(lora.gain, whole), jax.device_put(lora.owner, whole))
+    return Lora(side(lora.a, 0), side(lora.b, 1), put(lora.gain, whole), put(lora.owner, whole))

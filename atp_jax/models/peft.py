@@ -4,17 +4,18 @@ import math
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from atp_jax import processes
 from atp_jax.errors import UserError
 from atp_jax.files import write_json
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.huggingface import TENSORS, read_json
 from atp_jax.models.lora import TARGETS, Lora, place, sizes
+from atp_jax.parallel import fetch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Target <-> the module's name in a checkpoint, as in q_proj; and the whole name of its weight.
@@ -40,7 +41,7 @@ def save(directory: str | os.PathLike, config: DecoderConfig, lora: Lora, base: 
     directory, rank = Path(directory), len(lora.gain)
     tensors = {}
     for target in lora.a:
-        into, out = (np.asarray(jax.device_get(part[target])) for part in (lora.a, lora.b))
+        into, out = (fetch(part[target]) for part in (lora.a, lora.b))
         for layer in range(config.num_layers):
             tensors[_name(target, layer, "A")] = np.ascontiguousarray(into[layer].reshape(-1, rank).T)
             tensors[_name(target, layer, "B")] = np.ascontiguousarray(out[layer].reshape(rank, -1).T)
@@ -51,6 +52,8 @@ def save(directory: str | os.PathLike, config: DecoderConfig, lora: Lora, base: 
         "target_modules": sorted(MODULES[target] for target in lora.a), "fan_in_fan_out": False, "use_rslora": False,
         "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
+    if not processes.leads():
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file(tensors, directory / (WEIGHTS + ".partial"), metadata={"format": "pt"})
