@@ -40,6 +40,12 @@ def extend(graphdef, params, tokens, start, cache):
     return nnx.merge(graphdef, params).extend(tokens, start, cache)
 
 
+@jax.jit(static_argnums=0)
+def decode(graphdef, params, tokens, positions, cache):
+    """Hidden states [B, H] of one more token a row, and the new cache."""
+    return nnx.merge(graphdef, params).decode(tokens, positions, cache)
+
+
 def real(array, lengths) -> np.ndarray:
     """The rows' real positions one after another: [B, T, ...] -> [sum of lengths, ...]."""
     return np.concatenate([np.asarray(row)[:length] for row, length in zip(array, lengths, strict=True)])

@@ -117,9 +117,11 @@ def prefilled(monkeypatch):
     """Counts the prompt tokens that are read, by row."""
     counts = []
 
-    def spy(params, state, tokens, count, **static):
-        counts.append(np.asarray(count))
-        return original(params, state, tokens, count, **static)
+    def spy(weights, state, rows, tokens, count, **static):
+        read = np.zeros(len(state.length) + 1, int)  # the last one: lines of no row
+        read[np.asarray(rows)] = np.asarray(count)
+        counts.append(read[:-1])
+        return original(weights, state, rows, tokens, count, **static)
 
     original = engines.prefill_chunk
     with monkeypatch.context() as patch:
@@ -177,7 +179,11 @@ def test_recalling_prompts_goes_on_bit_for_bit(new_engine, monkeypatch):
     # What was answered has left no trace, not even in the size, which decides how sums are rounded.
     chex.assert_trees_all_equal_shapes(*caches)
     for row, prompt in enumerate(prompts):
-        held = [[array[row, :, : len(prompt)] for array in jax.tree.leaves(cache)] for cache in caches]
+        held = [
+            [array[row, :, :, : len(prompt)] for array in cache.keys]
+            + [array[row, :, : len(prompt)] for array in cache.values]
+            for cache in caches
+        ]
         chex.assert_trees_all_equal(*held)
 
 

@@ -12,8 +12,10 @@ import small_models
 from flax import nnx
 from hypothesis import given
 
+from atp_jax.models import cache as caches
 from atp_jax.models import decoder as decoders
-from atp_jax.models.decoder import Decoder, abstract, init_cache
+from atp_jax.models.cache import init_cache
+from atp_jax.models.decoder import Decoder, abstract
 
 BIASES, QK_NORM, SCALED = "qwen2", "qwen3", "llama31"
 
@@ -82,11 +84,12 @@ def test_decoding_token_by_token_equals_the_whole_row(models):
     whole = small_models.hidden(graphdef, params, tokens, np.full(3, 40))
     cache, steps = init_cache(config, 3, 40), []
     for position in range(40):
-        out, cache = small_models.extend(
-            graphdef, params, tokens[:, position : position + 1], np.full(3, position, np.int32), cache
-        )
+        at = np.full(3, position, np.int32)
+        out, cache = small_models.decode(graphdef, params, tokens[:, position], at, cache)
         steps.append(out)
-    chex.assert_trees_all_close(jnp.concatenate(steps, axis=1), whole, atol=1e-5, rtol=0)
+    chex.assert_trees_all_close(jnp.stack(steps, axis=1), whole, atol=1e-5, rtol=0)
+    full = np.full(3, 40, np.int32)  # there is no such position: nothing is written
+    chex.assert_trees_all_equal(small_models.decode(graphdef, params, tokens[:, 0], full, cache)[1], cache)
 
 
 def test_writing_past_the_end_of_a_cache_harms_nothing(models):
@@ -94,15 +97,19 @@ def test_writing_past_the_end_of_a_cache_harms_nothing(models):
     tokens, _, _ = small_models.expected(BIASES)
     config, graphdef, params = models[BIASES]
     whole = small_models.hidden(graphdef, params, tokens[:, :24], np.full(3, 24))
+
+    def first_20(cache):
+        return [array[..., :20] for array in cache.keys] + [array[:, :, :20] for array in cache.values]
+
     cache = init_cache(config, 3, 24)
     _, cache = small_models.extend(graphdef, params, tokens[:, :20], np.zeros(3, np.int32), cache)
-    before = jax.tree.map(lambda array: array[:, :, :20], cache)
+    before = first_20(cache)
     start = np.array([20, 20, 4], np.int32)  # positions 24 to 27 of the first two rows do not exist
     new = np.stack([tokens[0, 20:28], tokens[1, 20:28], tokens[2, 4:12]])
     out, cache = small_models.extend(graphdef, params, new, start, cache)
     chex.assert_trees_all_close(out[:2, :4], whole[:2, 20:], atol=1e-5, rtol=0)
     chex.assert_trees_all_close(out[2], whole[2, 4:12], atol=1e-5, rtol=0)
-    after = jax.tree.map(lambda array: array[:, :, :20], cache)
+    after = first_20(cache)
     chex.assert_trees_all_equal(jax.tree.map(lambda a: a[:2], after), jax.tree.map(lambda a: a[:2], before))
     chex.assert_trees_all_equal(small_models.extend(graphdef, params, new, np.full(3, 24), cache)[1], cache)
 
@@ -188,14 +195,28 @@ def test_gradients_of_attention_in_blocks_are_those_of_the_formula():
 
 
 def test_attention_to_a_cache_equals_all_at_once():
-    """Large scores here, too, and the longest row sees the last position of the cache."""
+    """What is new is written and seen, of rows in any order among others, in two blocks of queries; large scores here,
+    too, and the longest row sees the last position of the cache. A line of no row changes nothing."""
     rng = np.random.default_rng(1)
     query, keys, values = (rng.normal(size=(2, t, n, 6)).astype(np.float32) for t, n in ((130, 4), (160, 2), (160, 2)))
-    last = np.array([[0], [30]]) + np.arange(130)
-    for length in (130, 1):  # two blocks of queries; a single query, which is computed another way
-        q, at = 60 * query[:, :length], last[:, :length]
-        got = decoders.attend_cached(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), at)
-        chex.assert_trees_all_close(got, attend_at_once(q, keys, values, at), atol=1e-4, rtol=0)
+    rows, start, query = np.array([3, 1, 4]), np.array([0, 30, 0], np.int32), np.stack([*60 * query, 0 * query[0]])
+    positions = start[:2, None] + np.arange(130)
+    new = [np.stack([array[0, :130], array[1, 30:], np.ones((130, 2, 6), np.float32)]) for array in (keys, values)]
+    held = [np.zeros((4, 2, 6, 160), np.float32), np.zeros((4, 2, 160, 6), np.float32)]
+    held[0][1, :, :, :30], held[1][1, :, :30] = keys[1, :30].transpose(1, 2, 0), values[1, :30].swapaxes(0, 1)
+    before = [array.copy() for array in held]
+    expected = attend_at_once(query[:2], keys, values, positions)
+    for past in (None, 30, 64):
+        got, *held = jax.jit(caches.append_and_attend, static_argnames="past")(
+            query, *new, *before, rows, start, past=past
+        )
+        chex.assert_trees_all_close(got[:2], expected, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(held[0][1], keys[1].transpose(1, 2, 0))
+        np.testing.assert_array_equal(held[1][3, :, :130], values[0, :130].swapaxes(0, 1))
+        for now, then in zip(held, before, strict=True):
+            np.testing.assert_array_equal(now[::2], then[::2])
+    one = caches.attend(query[:2, 77], held[0][rows[:2]], held[1][rows[:2]], positions[:, 77])
+    chex.assert_trees_all_close(one, expected[:, 77], atol=1e-4, rtol=0)
 
 
 @given(st.integers(1, 50_000))

@@ -123,9 +123,9 @@ def test_a_round_reads_only_what_is_new(model, monkeypatch):
     read = []
     original = engines.prefill_chunk
 
-    def spy(params, state, tokens, count, **static):
+    def spy(weights, state, rows, tokens, count, **static):
         read.append(np.sum(count))
-        return original(params, state, tokens, count, **static)
+        return original(weights, state, rows, tokens, count, **static)
 
     monkeypatch.setattr(engines, "prefill_chunk", spy)
     policy, chat = ModelPolicy(model, SAMPLING, SEED), Chat(model.tokenizer)

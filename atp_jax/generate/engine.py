@@ -8,8 +8,10 @@ contains the answer, is appended. So the cache is a function of the sequence of 
 that was interrupted rebuilds it bit for bit by prefilling the same prompts, without decoding a token.
 """
 
+import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 
 import jax
@@ -20,14 +22,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling, sample, stream_key, token_keys
+from atp_jax.models.cache import KVCache, init_cache
 from atp_jax.models.config import DecoderConfig
-from atp_jax.models.decoder import KVCache, abstract, init_cache
+from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora
 from atp_jax.parallel import fetch, named_sharding, put, row_shards
 
 CHUNK = 64  # tokens decoded between two looks of the host
-PREFILL_TOKENS = 2**14  # at most so many tokens of all rows in one prefill step,
-PREFILL_SCORES = 2**29  # and so many attention scores (float32, so 2 GiB): bounds the memory of activations
+SHRINK, FEWEST = 4, 16  # a batch of more than 16 rows shrinks when only a quarter of them is left
+# Tokens of all rows in one prefill step: bounds the memory of activations, which on a CPU should stay in its caches.
+PREFILL_TOKENS = {"cpu": 2**12, "other": 2**14}
 NARROWEST, WIDEST = 16, 1024  # new tokens of a row in one prefill step
 SMALLEST_CACHE = 64  # positions
 
@@ -45,8 +49,6 @@ class State(struct.PyTreeNode):
     cache: KVCache
     hidden: jax.Array  # [B, H] in the parameters' dtype
     length: jax.Array  # int32 [B]
-    produced: jax.Array  # int32 [B], tokens of the answer drawn so far
-    done: jax.Array  # bool [B], the answer is complete (rows that only fill the bucket are done from the start)
 
 
 class Weights(struct.PyTreeNode):
@@ -58,13 +60,15 @@ class Weights(struct.PyTreeNode):
 
 
 class Asked(struct.PyTreeNode):
-    """What was asked of each of B rows, and stays while it is answered."""
+    """What was asked of each of B rows, and how far its answer is."""
 
     streams: jax.Array  # uint32 [B, 5]: seed, condition, episode, agent, round
     budget: jax.Array  # int32 [B], at most so many tokens, the stop token among them
     temperature: jax.Array  # float32 [B]
     top_k: jax.Array  # int32 [B]
     top_p: jax.Array  # float32 [B]
+    produced: jax.Array  # int32 [B], tokens of the answer drawn so far
+    done: jax.Array  # bool [B], the answer is complete, or nothing was asked of this row
     stop: jax.Array  # int32 [E], ids that end an answer, the same for all rows; padded with -1
 
 
@@ -93,8 +97,6 @@ def empty_state(config: DecoderConfig, rows: int, size: int, dtype, mesh) -> Sta
         cache=init_cache(config, rows, size, dtype),
         hidden=jnp.zeros((rows, config.hidden_size), dtype),
         length=jnp.zeros(rows, jnp.int32),
-        produced=jnp.zeros(rows, jnp.int32),
-        done=jnp.ones(rows, bool),
     )
     return pin(state, mesh)
 
@@ -103,38 +105,46 @@ def empty_state(config: DecoderConfig, rows: int, size: int, dtype, mesh) -> Sta
 def resize(cache: KVCache, size: int, mesh) -> KVCache:
     """The same cache with `size` positions: zeros are added, or the last positions cut off."""
 
-    def one(array):
-        kept = array[:, :, :size]
-        return jnp.pad(kept, ((0, 0), (0, 0), (0, size - kept.shape[2]), (0, 0)))
+    def one(array, axis):
+        kept = jax.lax.slice_in_dim(array, 0, min(size, array.shape[axis]), axis=axis)
+        return jnp.pad(kept, [(0, size - kept.shape[i] if i == axis else 0) for i in range(4)])
 
-    return pin(jax.tree.map(one, cache), mesh)
+    keys, values = (tuple(one(x, axis) for x in side) for side, axis in ((cache.keys, 3), (cache.values, 2)))
+    return pin(KVCache(keys, values), mesh)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def spread(state: State, source: jax.Array, *, mesh) -> State:
+def take(state: State, source: jax.Array, *, mesh) -> State:
     """The state whose row b is row source[b] of this one."""
     return pin(jax.tree.map(lambda x: x[source], state), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="state")
-def prefill_chunk(weights: Weights, state: State, tokens: jax.Array, count: jax.Array, *, graphdef, mesh) -> State:
-    """Appends to every row b the first count[b] of tokens [B, T]; a row with count 0 stays as it is.
+@functools.partial(jax.jit, static_argnames=("past", "graphdef", "mesh"), donate_argnames="state")
+def prefill_chunk(
+    weights: Weights, state: State, rows: jax.Array, tokens: jax.Array, count: jax.Array, *, past: int, graphdef, mesh
+) -> State:
+    """Appends to row rows[r] the first count[r] of tokens [R, T], for each of R lines; the other rows stay as they are.
+    Lines of no row, rows[r] = B, come last. past: no row is longer before.
 
     Only the last new position's hidden state is kept: logits of a prompt are never computed.
     """
     decoder = nnx.merge(graphdef, weights.params)
-    hidden, cache = decoder.extend(tokens, state.length, state.cache, lora=weights.lora, adapter=weights.adapter)
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    hidden = jnp.where(count[:, None] > 0, last, state.hidden)
-    return pin(state.replace(cache=cache, hidden=hidden, length=state.length + count), mesh)
+    start, adapter = state.length.at[rows].get(mode="fill", fill_value=0), weights.adapter
+    adapter = None if adapter is None else adapter.at[rows].get(mode="fill", fill_value=-1)
+    hidden, cache = decoder.extend(
+        tokens, start, state.cache, rows=rows, past=past, mesh=mesh, lora=weights.lora, adapter=adapter
+    )
+    last = jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)[:, 0]
+    hidden, length = state.hidden.at[rows].set(last, mode="drop"), state.length.at[rows].add(count, mode="drop")
+    return pin(State(cache, hidden, length), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "graphdef", "mesh"), donate_argnames="state")
-def decode_chunk(weights: Weights, state: State, asked: Asked, n: int, *, graphdef, mesh):
-    """Draws up to n tokens for every row that is not done, and stops early when all are.
+def decode_chunk(weights: Weights, state: State, asked: Asked, few: jax.Array, n: int, *, graphdef, mesh):
+    """Draws up to n tokens for every row that is not done, and stops early when no more than `few` rows are left.
 
-    -> state, tokens int32 [B, n], log-probabilities float32 [B, n]. A row's tokens are the first ones of its line, as
-    many as its `produced` has grown; the cache must have room for them.
+    -> state, produced and done as in Asked, tokens int32 [B, n], log-probabilities float32 [B, n]. A row's tokens are
+    the first ones of its line, as many as its `produced` has grown; the cache must have room for them.
     """
     decoder = nnx.merge(graphdef, weights.params)
     layers = None
@@ -145,52 +155,64 @@ def decode_chunk(weights: Weights, state: State, asked: Asked, n: int, *, graphd
     keys = jax.vmap(stream_key)(asked.streams)
 
     def unfinished(carry):
-        step, state, _, _ = carry
-        return (step < n) & ~jnp.all(state.done)
+        step, _, _, done, _, _ = carry
+        return (step < n) & (jnp.sum(~done) > few)
 
     def draw_one(carry):
-        step, state, tokens, log_probs = carry
+        step, state, produced, done, tokens, log_probs = carry
         token, log_prob = sample(
-            decoder.head(state.hidden), token_keys(keys, state.produced), asked.temperature, asked.top_k, asked.top_p
+            decoder.head(state.hidden), token_keys(keys, produced), asked.temperature, asked.top_k, asked.top_p
         )
-        produced = state.produced + ~state.done
-        done = state.done | jnp.any(token[:, None] == asked.stop, axis=-1) | (produced >= asked.budget)
         # A row that is done writes behind its end, which nobody attends to.
-        hidden, cache = decoder.extend(
-            token[:, None], state.length, state.cache, lora=weights.lora, adapter=weights.adapter, layers=layers
+        hidden, cache = decoder.decode(
+            token, state.length, state.cache, lora=weights.lora, adapter=weights.adapter, layers=layers
         )
-        state = pin(State(cache, hidden[:, 0], state.length + ~state.done, produced, done), mesh)
-        return step + 1, state, tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
+        state = pin(State(cache, hidden, state.length + ~done), mesh)
+        produced = produced + ~done
+        done = done | jnp.any(token[:, None] == asked.stop, axis=-1) | (produced >= asked.budget)
+        tokens, log_probs = tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
+        return step + 1, state, produced, done, tokens, log_probs
 
     rows = state.length.shape[0]
-    carry = (0, state, jnp.zeros((rows, n), jnp.int32), jnp.zeros((rows, n), jnp.float32))
-    _, state, tokens, log_probs = jax.lax.while_loop(unfinished, draw_one, carry)
-    return state, tokens, log_probs
+    drawn = jnp.zeros((rows, n), jnp.int32), jnp.zeros((rows, n), jnp.float32)
+    _, *rest = jax.lax.while_loop(unfinished, draw_one, (0, state, asked.produced, asked.done, *drawn))
+    return rest
 
 
 class Engine:
-    """Answers batches of prompts with one model, and remembers the last batch's prompts for the next.
+    """Answers prompts with one model, as many at a time as fit, and remembers them for the next batch if all did.
 
     Row i of a batch takes over what it shares with row i of the batch before (the longest common prefix of their ids),
     if both batches fill the same bucket of rows; whether a row is still the same episode makes no difference to what
     is answered, only to how much of it is new.
+
+    Prompts that do not all fit wait for a free row: a row whose answer is complete leaves, the next prompt enters. So
+    does a row that has to give way because the others' caches grew; it comes back with what it had answered.
     """
 
     def __init__(
-        self, config: DecoderConfig, params, stop: Sequence[int], mesh: jax.sharding.Mesh, lora: Lora | None = None
+        self,
+        config: DecoderConfig,
+        params,
+        stop: Sequence[int],
+        mesh: jax.sharding.Mesh,
+        lora: Lora | None = None,
+        memory: int | None = None,
     ):
         """params: the parameters of a Decoder of this config, on this mesh. stop: ids that end an answer. lora: the
-        adapters that its rows can wear."""
+        adapters that its rows can wear. memory: bytes that caches may take on all devices together; None: any."""
         self.config = config
         self.params, self.lora = params, lora
         self.stop = frozenset(stop)
         self.mesh = mesh
+        self.memory = memory
         graphdef, _ = abstract(config)
         self._static = {"graphdef": graphdef, "mesh": mesh}
         self._dtype = jax.tree.leaves(params)[0].dtype
         self._prompts: list[list[int]] = []  # what the rows of the state hold
         self._worn: list[int] = []  # and the adapters they wore
         self._state: State | None = None
+        self.spent: collections.Counter = collections.Counter()  # seconds of `generate`: "prefill" and "decode"
 
     def forget(self) -> None:
         """The next batch starts anew."""
@@ -206,57 +228,47 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling | Sequence[Sampling],
         adapter: Sequence[int] | None = None,
+        rows: int | None = None,
     ) -> None:
-        """What `generate` does before it draws anything, with the same shapes: remembers these prompts.
+        """What `generate` does before it draws anything, with the same shapes: remembers these prompts, if they fit.
 
         Raises UserError for an empty prompt, ids outside the vocabulary, and a prompt that fills the model's context.
         """
         prompts = [list(prompt) for prompt in prompts]
         self._check(prompts)
-        rows = bucket(len(prompts), steps=4, smallest=1, multiple=row_shards(self.mesh))
-        size = self._cache_size([len(prompt) for prompt in prompts], self._budgets(prompts, sampling))
+        budgets = self._budgets(prompts, sampling)
+        if not self._all_fit(prompts, budgets, rows):
+            self._state = None
+            self.forget()
+            return
+        rows = self._rows(len(prompts))
+        size = self._cache_size([len(prompt) for prompt in prompts], budgets)
         worn = list(adapter) if adapter is not None else [0] * len(prompts)
         state, old = self._take(rows, size)
 
-        kept = np.zeros(rows, np.int32)
+        kept = np.zeros(len(prompts), np.int32)
         for row, (before, now) in enumerate(zip(old, prompts, strict=False)):
             # One token at least is new: its hidden state is what the answer starts from.
             same = self._worn[row] == worn[row]  # keys and values are those of the adapter they were made with
             kept[row] = min(common_prefix(before, now), len(now) - 1) if same else 0
         alike = list(dict.fromkeys((tuple(prompt), one) for prompt, one in zip(prompts, worn, strict=True)))
         if kept.any() or 2 * len(alike) > len(prompts):
-            state = self._append(state, prompts, adapter, kept)
+            weights, lengths = self._weights(rows, adapter), np.zeros(rows, np.int32)
+            lengths[: len(prompts)] = kept
+            state = self._append(weights, state, lengths, dict(enumerate(prompts)))
         else:
             # Rows that start alike (a GRPO group, the agents of a game) are computed once and copied.
             state = None  # its memory is free for the rows that are computed
-            few = bucket(len(alike), steps=4, smallest=1, multiple=row_shards(self.mesh))
-            apart, worn_apart = [list(prompt) for prompt, _ in alike], [one for _, one in alike]
+            few = self._rows(len(alike))
+            weights = self._weights(few, None if adapter is None else [one for _, one in alike])
             nothing = empty_state(self.config, few, size, self._dtype, self.mesh)
-            filled = self._append(nothing, apart, None if adapter is None else worn_apart, np.zeros(few, np.int32))
+            apart = {row: list(prompt) for row, (prompt, _) in enumerate(alike)}
+            filled = self._append(weights, nothing, np.zeros(few, np.int32), apart)
             place = {one: index for index, one in enumerate(alike)}
             source = np.zeros(rows, np.int32)
             source[: len(prompts)] = [place[tuple(prompt), one] for prompt, one in zip(prompts, worn, strict=True)]
-            state = spread(filled, self._put(source), mesh=self.mesh)
+            state = take(filled, self._put(source), mesh=self.mesh)
         self._state, self._prompts, self._worn = state, prompts, worn
-
-    def _append(self, state: State, prompts, adapter: Sequence[int] | None, kept: np.ndarray) -> State:
-        """Brings the rows of a state, of which the first kept[row] tokens stay, to these prompts."""
-        rows, size = len(kept), state.cache.keys[0].shape[2]
-        weights = self._weights(rows, adapter)
-        new = np.zeros(rows, np.int32)
-        new[: len(prompts)] = [len(prompt) for prompt in prompts]
-        new -= kept
-        state = state.replace(length=self._put(kept))
-        widest = self._prefill_width(rows, size)
-        for begin in range(0, int(new.max()), widest):
-            width = bucket(min(int(new.max()) - begin, widest), steps=1, smallest=NARROWEST)
-            count = np.clip(new - begin, 0, width)
-            tokens = np.zeros((rows, width), np.int32)
-            for row, prompt in enumerate(prompts):
-                at = kept[row] + begin
-                tokens[row, : count[row]] = prompt[at : at + count[row]]
-            state = prefill_chunk(weights, state, self._put(tokens), self._put(count), **self._static)
-        return state
 
     def generate(
         self,
@@ -264,40 +276,138 @@ class Engine:
         sampling: Sampling | Sequence[Sampling],
         streams,
         adapter: Sequence[int] | None = None,
+        rows: int | None = None,
     ) -> list[Sampled]:
-        """Answers prompts (lists of token ids), row by row.
+        """Answers prompts (lists of token ids), any number of them.
 
-        sampling: one Sampling, or one a row. streams: integers [rows, 5], what the randomness of each row is folded
-        from (seed, condition, episode, agent, round). adapter: which of the adapters each row wears, -1 none; None: all
-        rows wear the one there is. An answer ends at a stop id, after max_new_tokens, or where the
-        model's context ends. Raises UserError like `prefill`.
+        sampling: one Sampling, or one a prompt. streams: integers [prompts, 5], what the randomness of each is folded
+        from (seed, condition, episode, agent, round). adapter: which of the adapters each wears, -1 none; None: all
+        wear the one there is. rows: at most so many are answered at a time (None: as memory allows). An answer ends at
+        a stop id, after max_new_tokens, or where the model's context ends. Raises UserError like `prefill`.
         """
-        self.prefill(prompts, sampling, adapter)
-        count, rows = len(prompts), self._state.length.shape[0]
-        lengths, budgets = np.array([len(prompt) for prompt in prompts]), self._budgets(prompts, sampling)
-        asked, weights = self._ask(rows, sampling, budgets, streams), self._weights(rows, adapter)
-        idle = np.arange(rows) >= count
-        state, self._state = self._state, None  # donated from here on, ours again when the answers are complete
-        state = state.replace(produced=self._put(np.zeros(rows, np.int32)), done=self._put(idle))
+        began = time.perf_counter()
+        self.prefill(prompts, sampling, adapter, rows)
+        jax.block_until_ready(self._state)
+        self.spent["prefill"] += time.perf_counter() - began
 
-        tokens, log_probs = [[] for _ in prompts], [[] for _ in prompts]
-        produced, active = np.zeros(count, np.int32), np.ones(count, bool)
-        while active.any():
-            size = self._cache_size((lengths + produced)[active], (budgets - produced)[active])
-            if size > state.cache.keys[0].shape[2]:
-                state = state.replace(cache=resize(state.cache, size, self.mesh))
-            state, *drawn = decode_chunk(weights, state, asked, CHUNK, **self._static)
-            now, done, chunk, chunk_log_probs = fetch((state.produced, state.done, *drawn))
-            for row in np.flatnonzero(active):
-                fresh = now[row] - produced[row]
-                tokens[row] += chunk[row, :fresh].tolist()
-                log_probs[row] += chunk_log_probs[row, :fresh].tolist()
-            produced, active = now[:count], ~done[:count]
-        self._state = state
+        wanted = _Wanted(prompts, per_row(sampling, prompts), streams, self._budgets(prompts, sampling), adapter)
+        state, self._state = self._state, None  # donated from here on, ours again when the answers are complete
+        if remembered := state is not None:
+            held, waiting = [*range(len(prompts))] + [-1] * (state.length.shape[0] - len(prompts)), collections.deque()
+        else:
+            held, waiting = [], collections.deque(range(len(prompts)))
+        while waiting or any(one >= 0 for one in held):
+            before, (state, held) = state, self._fit(state, held, waiting, wanted, rows)
+            if remembered and self._state is None and state.length.shape != before.length.shape:
+                self._state = before  # few rows are left, and decoded on in a copy
+            state = self._admit(state, held, waiting, wanted)
+            state = self._decode(state, held, bool(waiting), wanted)
+        if remembered and self._state is None:
+            self._state = state
         return [
             Sampled(tuple(ids), tuple(logs), "stop" if ids[-1] in self.stop else "length")
-            for ids, logs in zip(tokens, log_probs, strict=True)
+            for ids, logs in zip(wanted.tokens, wanted.log_probs, strict=True)
         ]
+
+    def _fit(self, state: State | None, held: list[int], waiting: collections.deque, wanted: "_Wanted", rows):
+        """The state that the next chunk is decoded in, and what its rows hold (which prompt, -1 none).
+
+        The cache grows when a row needs it; rows for which there is no memory then give way and wait. The number of
+        rows follows what is wanted and fits, where that is worth a copy: twice as many, or a quarter.
+        """
+        alive = sorted(one for one in held if one >= 0)
+        size = self._cache_size(*zip(*(wanted.size(one) for one in (*alive, *waiting)), strict=True))
+        most = self._most(size, rows)
+        for one in reversed(alive[most:]):
+            waiting.appendleft(one)
+            held[held.index(one)] = -1
+        want, have = min(len(alive) + len(waiting), most), len(held)
+        while want > 1 and self._rows(want) > most:
+            want -= 1
+        want = self._rows(want)
+        if state is None:
+            return empty_state(self.config, want, size, self._dtype, self.mesh), [-1] * want
+        if want >= 2 * have or len(alive) > most or (have > FEWEST and want * SHRINK <= have):
+            places = [row for row, one in enumerate(held) if one >= 0]
+            source = np.zeros(want, np.int32)
+            source[: len(places)] = places
+            state = take(state, self._put(source), mesh=self.mesh)
+            held = [held[row] for row in places] + [-1] * (want - len(places))
+            if waiting and size < state.cache.keys[0].shape[3]:
+                state = state.replace(cache=resize(state.cache, size, self.mesh))
+        if size > state.cache.keys[0].shape[3]:
+            state = state.replace(cache=resize(state.cache, size, self.mesh))
+        return state, held
+
+    def _admit(self, state: State, held: list[int], waiting: collections.deque, wanted: "_Wanted") -> State:
+        """Waiting prompts, and rows that gave way, enter the rows that are free."""
+        began, lengths, entering = time.perf_counter(), np.zeros(len(held), np.int32), {}
+        for row, one in enumerate(held):
+            if one >= 0:
+                lengths[row] = wanted.size(one)[0]
+            elif waiting:
+                held[row] = waiting.popleft()
+                entering[row] = [*wanted.prompts[held[row]], *wanted.tokens[held[row]]]
+        if entering:
+            state = self._append(self._weights(len(held), wanted.worn(held)), state, lengths, entering)
+            jax.block_until_ready(state)
+            self.spent["prefill"] += time.perf_counter() - began
+        return state
+
+    def _decode(self, state: State, held: list[int], more: bool, wanted: "_Wanted") -> State:
+        """One chunk; complete answers leave their rows. It ends early when a quarter of the rows is free and more
+        prompts wait, or when few are left."""
+        began, alive = time.perf_counter(), sum(one >= 0 for one in held)
+        few = len(held) // SHRINK if len(held) > FEWEST else 0
+        few = alive - max(len(held) // 4, 1) if more else few if alive > few else 0
+        weights, asked = self._weights(len(held), wanted.worn(held)), self._ask(held, wanted)
+        state, *drawn = decode_chunk(weights, state, asked, np.int32(max(few, 0)), CHUNK, **self._static)
+        produced, done, tokens, log_probs = fetch(drawn)
+        for row, one in enumerate(held):
+            if one >= 0:
+                fresh = produced[row] - len(wanted.tokens[one])
+                wanted.tokens[one] += tokens[row, :fresh].tolist()
+                wanted.log_probs[one] += log_probs[row, :fresh].tolist()
+                if done[row]:
+                    held[row] = -1
+        self.spent["decode"] += time.perf_counter() - began
+        return state
+
+    def _append(self, weights: Weights, state: State, lengths: np.ndarray, entries: dict[int, list[int]]) -> State:
+        """Brings rows to what they shall hold. lengths int32 [B]: so much of each row stays. entries: row -> its ids,
+        of which those behind that length are read; the other rows stay as they are.
+
+        Rows with about as many new tokens are read together, so that little is padded.
+        """
+        state, lengths = state.replace(length=self._put(lengths)), lengths.copy()
+        shards, batch, size = row_shards(self.mesh), len(lengths), state.cache.keys[0].shape[3]
+        platform = self.mesh.devices.flat[0].platform
+        tokens_at_once = PREFILL_TOKENS.get(platform, PREFILL_TOKENS["other"])
+        while left := {row: len(ids) - int(lengths[row]) for row, ids in entries.items() if len(ids) > lengths[row]}:
+            # Each device reads rows of its own, the longest first.
+            order = sorted(left, key=lambda row: (-min(left[row], WIDEST), row))
+            queues = [[row for row in order if row // (batch // shards) == shard] for shard in range(shards)]
+            most = bucket(max(map(len, queues)), steps=1, smallest=1)
+            while any(queues):
+                longest = min(max(left[queue[0]] for queue in queues if queue), WIDEST)
+                width = min(bucket(longest, steps=2, smallest=NARROWEST), size)
+                lines = min(most, 2 ** (max(tokens_at_once // width, 1).bit_length() - 1))
+                group = [[*queue[:lines], *[batch] * (lines - len(queue))] for queue in queues]
+                queues = [queue[lines:] for queue in queues]
+                rows = np.array(group, np.int32).reshape(-1)
+                tokens, count = np.zeros((len(rows), width), np.int32), np.zeros(len(rows), np.int32)
+                past = 0  # the longest of them
+                for line, row in enumerate(rows):
+                    if row < batch:
+                        begin = lengths[row]
+                        count[line] = min(left[row], width)
+                        tokens[line, : count[line]] = entries[row][begin : begin + count[line]]
+                        past = max(past, int(begin))
+                        lengths[row] += count[line]
+                past = min(bucket(past, steps=2, smallest=SMALLEST_CACHE), size) if past else 0
+                arrays = (self._put(array) for array in (rows, tokens, count))
+                state = prefill_chunk(weights, state, *arrays, past=past, **self._static)
+        return state
 
     def _check(self, prompts: list[list[int]]) -> None:
         vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
@@ -320,16 +430,32 @@ class Engine:
             np.int32,
         )
 
+    def _rows(self, needed: int) -> int:
+        """Rows of a batch that holds so many: a bucket."""
+        return bucket(needed, steps=4, smallest=1, multiple=row_shards(self.mesh))
+
     def _cache_size(self, lengths, budgets) -> int:
         """Positions that rows of these lengths need until the host looks again, rounded up to a bucket."""
         needed = max(int(length) + min(int(budget), CHUNK) for length, budget in zip(lengths, budgets, strict=True))
         return bucket(needed, steps=2, smallest=SMALLEST_CACHE)
 
-    def _prefill_width(self, rows: int, size: int) -> int:
-        """How many new tokens of each row one prefill step takes: a power of two that keeps activations bounded."""
-        rows = rows // row_shards(self.mesh)
-        most = min(PREFILL_TOKENS // rows, PREFILL_SCORES // (rows * size * self.config.num_heads))
-        return min(WIDEST, max(NARROWEST, 2 ** (max(most, 1).bit_length() - 1)))
+    def _most(self, size: int, rows: int | None) -> int:
+        """How many rows with a cache of this size fit. A cache that grows lies in memory twice for a moment, at two
+        thirds and at its new size, so it may take up three fifths."""
+        most = rows or 2**31
+        if self.memory is not None:
+            config = self.config
+            position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self._dtype).itemsize
+            most = min(most, int(0.6 * self.memory) // (size * position))
+        return max(most, 1)
+
+    def _all_fit(self, prompts, budgets, rows: int | None) -> bool:
+        """Whether all prompts can be answered at a time, also if all answers become as long as they may."""
+        if rows is not None and len(prompts) > rows:
+            return False
+        longest = max(len(prompt) + int(budget) for prompt, budget in zip(prompts, budgets, strict=True))
+        size = bucket(longest, steps=2, smallest=SMALLEST_CACHE)
+        return self._rows(len(prompts)) <= self._most(size, None)
 
     def _take(self, rows: int, size: int) -> tuple[State, list[list[int]]]:
         """A state of this shape, and the prompts its rows hold. The cache never depends on what was answered: a longer
@@ -337,26 +463,30 @@ class Engine:
         state, old, self._state, self._prompts = self._state, self._prompts, None, []
         if state is None or state.length.shape[0] != rows:
             return empty_state(self.config, rows, size, self._dtype, self.mesh), []
-        if state.cache.keys[0].shape[2] != size:
+        if state.cache.keys[0].shape[3] != size:
             state = state.replace(cache=resize(state.cache, size, self.mesh))
         return state, old
 
-    def _ask(self, rows: int, sampling, budgets: np.ndarray, streams) -> Asked:
-        def padded(values, dtype):
+    def _ask(self, held: list[int], wanted: "_Wanted") -> Asked:
+        rows = np.array(held)
+        real = rows >= 0
+
+        def by_row(values, dtype):
             values = np.asarray(values)
-            out = np.zeros((rows, *values.shape[1:]), dtype)
-            out[: len(values)] = values
+            out = np.zeros((len(held), *values.shape[1:]), dtype)
+            out[real] = values[rows[real]]
             return self._put(out)
 
-        each = per_row(sampling, budgets)
         stop = np.full(bucket(len(self.stop), steps=1, smallest=4), -1, np.int32)
         stop[: len(self.stop)] = sorted(self.stop)
         return Asked(
-            streams=padded(streams, np.uint32),
-            budget=padded(budgets, np.int32),
-            temperature=padded([s.temperature for s in each], np.float32),
-            top_k=padded([s.top_k for s in each], np.int32),
-            top_p=padded([s.top_p for s in each], np.float32),
+            streams=by_row(wanted.streams, np.uint32),
+            budget=by_row(wanted.budgets, np.int32),
+            temperature=by_row([s.temperature for s in wanted.sampling], np.float32),
+            top_k=by_row([s.top_k for s in wanted.sampling], np.int32),
+            top_p=by_row([s.top_p for s in wanted.sampling], np.float32),
+            produced=by_row([len(tokens) for tokens in wanted.tokens], np.int32),
+            done=self._put(~real),
             stop=put(stop, NamedSharding(self.mesh, PartitionSpec())),
         )
 
@@ -372,6 +502,25 @@ class Engine:
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         return put(rows, named_sharding(self.mesh, "batch"))
+
+
+class _Wanted:
+    """The answers that are being made: what was asked of each, and what it has so far."""
+
+    def __init__(self, prompts, sampling: list[Sampling], streams, budgets: np.ndarray, adapter: Sequence[int] | None):
+        self.prompts, self.sampling, self.streams, self.budgets = prompts, sampling, streams, budgets
+        self.adapter = adapter
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.log_probs: list[list[float]] = [[] for _ in prompts]
+
+    def size(self, one: int) -> tuple[int, int]:
+        """Tokens that its row holds, and that it may still get."""
+        drawn = len(self.tokens[one])
+        return len(self.prompts[one]) + drawn, int(self.budgets[one]) - drawn
+
+    def worn(self, held: list[int]) -> list[int] | None:
+        """The adapter of each row."""
+        return None if self.adapter is None else [self.adapter[one] if one >= 0 else -1 for one in held]
 
 
 def per_row(sampling: Sampling | Sequence[Sampling], rows: Sequence) -> list[Sampling]:

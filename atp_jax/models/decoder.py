@@ -9,34 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 
+from atp_jax.models import cache as caches
+from atp_jax.models.cache import KVCache
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.lora import Lora, delta
 from atp_jax.models.rope import rotate
-
-
-class KVCache(struct.PyTreeNode):
-    """Keys (rotated) and values: a tuple with one array [B, KV, S, D] a layer.
-
-    Heads before positions, so that the products of attention read the cache as it lies and never transpose it.
-
-    One array a layer, not one for all: a donated array that is updated in place is never copied, which cannot be said
-    of a stacked one that a scan over layers carries.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-
-
-def init_cache(config: DecoderConfig, batch: int, size: int, dtype=jnp.float32) -> KVCache:
-    """An empty cache of `size` positions for `batch` rows."""
-    shape = (batch, config.num_kv_heads, size, config.head_dim)
-
-    def zeros():
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-
-    return KVCache(zeros(), zeros())
 
 
 class Layers(nnx.Module):
@@ -157,24 +136,48 @@ class Decoder(nnx.Module):
         cut = [jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, worn)) for index in range(self.config.num_layers)]
         return [(nnx.merge(graph, params), worn) for params, worn in cut]
 
-    def extend(self, tokens, start, cache: KVCache, *, lora: Lora | None = None, adapter=None, layers=None):
-        """Hidden states of new tokens that continue what the cache holds: prefill, append or decode.
+    def extend(self, tokens, start, cache: KVCache, *, rows=None, past=None, mesh=None, lora=None, adapter=None):
+        """Hidden states of new tokens that continue what the cache holds: a prompt, or what is appended to it.
 
-        tokens int32 [B, T], start int32 [B]: token t of row b has position start[b] + t. Its key and value are
-        written there (a position past the cache's end is not written anywhere) and it attends to all positions up to
-        its own. -> ([B, T, H] after the last norm, the cache). What padding behind a row's own tokens leaves in the
-        cache lies beyond the row's length: it is seen by no real token and is overwritten by later ones.
-        lora, adapter: what the rows wear, see `_adapt`. layers: `apart(lora)`, where it was made before.
+        tokens int32 [R, T], start int32 [R], rows int32 [R]: token t of line r belongs to row rows[r] of the cache and
+        has position start[r] + t. Its key and value are written there (a position past the cache's end is not written
+        anywhere) and it attends to all positions up to its own. -> ([R, T, H] after the last norm, the cache). What
+        padding behind a row's own tokens leaves in the cache lies beyond the row's length: it is seen by no real token
+        and is overwritten by later ones.
+        rows: each at most once; lines of no row (as large as the cache's B) come last and their states mean nothing;
+        None: all rows in order. past: no row starts behind it (None: the cache's size), so that less is looked at.
+        mesh: over which the cache lies; line r then belongs to a row of the r-th of its parts. lora, adapter [R]: what
+        the lines wear, see `_adapt`.
         """
+        if rows is None:
+            rows = jnp.arange(len(tokens), dtype=jnp.int32)
+        append = caches.appender(len(cache.keys[0]), past, mesh)
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None]
         x, keys, values = self._embed(tokens), [], []
+        for index, (one, worn) in enumerate(self.apart(lora)):
+            adapt = _adapt(lora, adapter, worn)
+            new = one.projections(x, positions, adapt)
+            attended, key, value = append(*new, cache.keys[index], cache.values[index], rows, start)
+            keys.append(key)
+            values.append(value)
+            x = one.finish(x, attended, adapt)
+        return _rms_norm(x, self.norm, self.config.rms_norm_eps), KVCache(tuple(keys), tuple(values))
+
+    def decode(self, tokens, positions, cache: KVCache, *, lora: Lora | None = None, adapter=None, layers=None):
+        """Hidden states of one new token a row: tokens, positions int32 [B] -> ([B, H] after the last norm, the cache).
+
+        The same as `extend` with one token, for all rows at once. layers: `apart(lora)`, where it was made before.
+        """
+        at = positions[:, None]
+        x, keys, values = self._embed(tokens[:, None]), [], []
         for index, (one, worn) in enumerate(layers or self.apart(lora)):
             adapt = _adapt(lora, adapter, worn)
-            query, key, value = one.projections(x, positions, adapt)
-            keys.append(_write(cache.keys[index], positions, key))
-            values.append(_write(cache.values[index], positions, value))
-            x = one.finish(x, attend_cached(query, keys[-1], values[-1], positions), adapt)
-        return _rms_norm(x, self.norm, self.config.rms_norm_eps), KVCache(tuple(keys), tuple(values))
+            query, key, value = one.projections(x, at, adapt)
+            held = caches.write(cache.keys[index], cache.values[index], key[:, 0], value[:, 0], positions)
+            keys.append(held[0])
+            values.append(held[1])
+            x = one.finish(x, caches.attend(query[:, 0], *held, positions)[:, None], adapt)
+        return _rms_norm(x, self.norm, self.config.rms_norm_eps)[:, 0], KVCache(tuple(keys), tuple(values))
 
     def head(self, hidden):
         """Logits float32 [..., V] of hidden states [..., H], accumulated in float32."""
@@ -241,19 +244,6 @@ def _rms_norm(x, scale, eps: float):
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-def _write(cache, positions, new):
-    """cache [B, KV, S, D] with new [B, T, KV, D] at positions [B, T]; those not below S are dropped.
-
-    Never dynamic_update_slice: it moves a block that would pass the end back onto positions that are valid.
-    """
-
-    def head(cache, positions, new):
-        return cache.at[positions].set(new, mode="drop")
-
-    heads = jax.vmap(head, in_axes=(0, None, 1))
-    return jax.vmap(heads)(cache, positions, new)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -334,29 +324,3 @@ def attend_behind(query, key, value, width: int, before, group: int):
         done.append(attend(query[:, :, :, begin:end], *both, jnp.concatenate(allowed, axis=2)))
     attended = _by_position(jnp.concatenate(done, axis=3))
     return attended.reshape(rows, group * count, *attended.shape[2:])
-
-
-def attend_cached(query, keys, values, positions):
-    """Queries [B, T, N, D] at positions [B, T] attend to those of the cache [B, KV, S, D] up to their own."""
-    query = _by_group(query, keys.shape[1])
-    if query.shape[3] == 1:
-        return _by_position(_attend_one(query, keys, values, positions))
-    done = []
-    for begin, end in _blocks(query.shape[3]):
-        allowed = jnp.arange(keys.shape[2]) <= positions[:, begin:end, None]
-        done.append(_attend(query[:, :, :, begin:end], keys, values, allowed))
-    return _by_position(jnp.concatenate(done, axis=3))
-
-
-def _attend_one(query, keys, values, positions):
-    """The same as `_attend` for one query a row, as in decoding: [B, KV, G, 1, D], positions [B, 1].
-
-    The scores are made as [B, KV, S, G], cache first: for XLA on a CPU a tall matrix times few columns is faster than
-    few rows times the transposed tall matrix. Turned round before the softmax, they are read along S from there on.
-    """
-    query = query[:, :, :, 0]
-    scores = _dot("bksd,bkgd->bksg", keys, query, jnp.float32).swapaxes(2, 3) * query.shape[-1] ** -0.5
-    scores = jnp.where((jnp.arange(keys.shape[2]) <= positions)[:, None, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    attended = _dot("bkgs,bksd->bkgd", weights.astype(values.dtype), values, jnp.float32)
-    return (attended / weights.sum(-1, keepdims=True)).astype(values.dtype)[:, :, :, None]

@@ -1,0 +1,152 @@
+"""Seconds of answering a batch of prompts of one length, beside transformers `generate` if wanted.
+
+    python -m atp_jax.benchmarks.generate --make-test-model DIR
+    python -m atp_jax.benchmarks.generate --model DIR --prompt 256 --new 64 --batch 1,16,64 [--against transformers]
+
+Random prompts; exactly `new` sampled tokens an answer. Prints one JSON object a batch size: seconds (median after the
+first, which compiles), prefill_s and decode_s of it, tokens_per_s (new tokens), compile_s, and the machine. With
+--against the peer answers the same prompts in alternation, in a process of its own: peer_s and ratio = peer_s /
+seconds. On an accelerator `roofline` is the share of decoding that reading the weights and the filled cache would take
+at the bandwidth `bandwidth_gb_s` that copying a gigabyte reaches.
+
+--make-test-model writes a random Qwen3 of 7.3 million parameters and does nothing else: vocabulary 4096, hidden 256,
+feed-forward 768, 8 layers, 8 heads, 4 key-value heads of 32, tied. Its tokenizer is the organism's with unused tokens.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from transformers import PreTrainedTokenizerFast
+
+from atp_jax.benchmarks.peer import Peer
+from atp_jax.errors import UserError
+from atp_jax.generate.engine import Engine
+from atp_jax.generate.sampling import Sampling
+from atp_jax.model import ORGANISM, Model, load_model
+from atp_jax.models import huggingface
+from atp_jax.models.config import DecoderConfig
+from atp_jax.models.decoder import Decoder
+
+TEST_MODEL = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 256,
+    "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": True, "initializer_range": 0.02, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def make_test_model(directory: Path) -> None:
+    """Writes the model that the benchmarks of small machines are about."""
+    if directory.exists():
+        raise UserError(f"{directory}: exists already; models are not overwritten")
+    config = DecoderConfig.from_dict(TEST_MODEL, "the test model")
+    huggingface.save(directory, config, nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
+    described = json.loads((ORGANISM / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary |= {f"<unused{index}>": index for index in range(len(vocabulary), config.vocab_size)}
+    made = PreTrainedTokenizerFast.from_pretrained(ORGANISM)
+    made.backend_tokenizer.model = type(made.backend_tokenizer.model)(
+        vocabulary, [tuple(pair) for pair in described["model"]["merges"]]
+    )
+    made.save_pretrained(directory)
+
+
+def bandwidth(size: int = 2**30) -> float:
+    """Bytes a second that copying `size` bytes reads and writes, the best of ten times."""
+    copy = jax.jit(lambda x: x + 1)
+    array = jax.block_until_ready(copy(jnp.zeros(size // 4, jnp.float32)))
+    spent = []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(copy(array))
+        spent.append(time.perf_counter() - began)
+    return 2 * size / min(spent)
+
+
+def must_read(model: Model, rows: int, length: int, new: int) -> int:
+    """Bytes that decoding `new` tokens behind `length` has to read: the weights (of an untied embedding nothing) and
+    the filled part of the cache, once a token."""
+    config, width = model.config, jnp.dtype(model.dtype).itemsize
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size
+    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return width * (new * weights + position * rows * sum(range(length, length + new)))
+
+
+def machine() -> dict:
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind, "devices": jax.device_count(), "cores": os.cpu_count(), "jax": jax.__version__,
+    }  # fmt: skip
+
+
+def measure(model: Model, rows: int, prompt: int, new: int, repeats: int, peer: Peer | None = None) -> dict:
+    """The JSON object of one batch size."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, model.config.vocab_size, (rows, prompt)).tolist()
+    engine, sampling = Engine(model.config, model.params, (), model.mesh, model.lora), Sampling(max_new_tokens=new)
+    spent, phases, theirs = [], [], []
+    for repeat in range(repeats + 1):
+        engine.forget()
+        engine.spent.clear()
+        began = time.perf_counter()
+        drawn = engine.generate(prompts, sampling, [(repeat, 0, row, 0, 1) for row in range(rows)])
+        spent.append(time.perf_counter() - began)
+        assert all(len(answer.tokens) == new for answer in drawn)
+        phases.append([engine.spent["prefill"], engine.spent["decode"]])
+        if peer:
+            theirs.append(peer.seconds(prompts, new))
+    seconds = float(np.median(spent[1:]))
+    prefill, decode = (float(value) for value in np.median(phases[1:], axis=0))
+    result = {
+        "batch": rows, "seconds": round(seconds, 4), "prefill_s": round(prefill, 4), "decode_s": round(decode, 4),
+        "tokens_per_s": round(rows * new / seconds, 1), "compile_s": round(spent[0] - seconds, 2),
+    }  # fmt: skip
+    if peer:
+        seconds = float(np.median(theirs[1:]))
+        result |= {"peer_s": round(seconds, 4), "ratio": round(seconds / result["seconds"], 2), "peer": peer.about}
+    if jax.devices()[0].platform != "cpu":
+        reached = bandwidth()
+        share = must_read(model, rows, prompt, new) / reached / jax.device_count() / decode
+        result |= {"bandwidth_gb_s": round(reached / 1e9), "roofline": round(share, 3)}
+    return result | {"prompt": prompt, "new": new, "repeats": repeats, "dtype": model.dtype} | machine()
+
+
+def main(argv):
+    del argv
+    v = flags.FLAGS
+    try:
+        if v["make-test-model"].value:
+            make_test_model(Path(v["make-test-model"].value))
+            return
+        model = load_model(v.model, dtype=v.dtype)
+        if v.against and v.dtype != "float32":
+            raise UserError("--against=transformers runs in float32; leave --dtype out")
+        with Peer(v.model or str(ORGANISM)) if v.against else contextlib.nullcontext() as peer:
+            for rows in v.batch:
+                print(json.dumps(measure(model, int(rows), v.prompt, v.new, v.repeats, peer)), flush=True)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("make-test-model", "", "write the test model to this directory and do nothing else")
+    flags.DEFINE_string("model", "", "Hugging Face directory; empty: the embedded organism")
+    flags.DEFINE_integer("prompt", 256, "tokens of a prompt", lower_bound=1)
+    flags.DEFINE_integer("new", 64, "tokens of an answer", lower_bound=1)
+    flags.DEFINE_list("batch", "1,16,64", "prompts answered together")
+    flags.DEFINE_integer("repeats", 5, "repetitions after compilation", lower_bound=1)
+    flags.DEFINE_string("dtype", "float32", "of the model")
+    flags.DEFINE_enum("against", "", ["", "transformers"], "what answers the same prompts in alternation")
+    app.run(main)
