@@ -8,6 +8,8 @@ and the names of a batch's axes, to mesh axes.
 
 import functools
 import math
+import time
+import weakref
 
 import jax
 import numpy as np
@@ -88,6 +90,33 @@ def fetch(tree):
     return jax.device_get(jax.tree.map(everywhere, tree))
 
 
+def sampling_layout(weights, mesh: Mesh):
+    """The change of layout between training and sampling: what lies in slices of `fsdp` becomes whole along it.
+
+    A token is decoded with all weights, so slices would travel to every device for each token; here they travel once.
+    What is split over `tensor` stays so. weights: a tree of arrays on the mesh -> (the tree, seconds that it took).
+    Nothing is copied where nothing lies in slices; and the copy of an array is remembered while that array lives, so
+    that whoever samples from the same ones (draws, looks, the probe) shares it.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return weights, 0.0
+    began = time.perf_counter()
+
+    def whole(x):
+        spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in x.sharding.spec))
+        if spec == x.sharding.spec:
+            return x
+        if id(x) not in _copies:
+            _copies[id(x)] = jax.device_put(x, NamedSharding(mesh, spec))
+            weakref.finalize(x, _copies.pop, id(x), None)
+        return _copies[id(x)]
+
+    return jax.block_until_ready(jax.tree.map(whole, weights)), time.perf_counter() - began
+
+
+_copies: dict[int, jax.Array] = {}  # of an array in slices, by its id: whole along fsdp
+
+
 @functools.cache
 def _gather(whole: NamedSharding):
     return jax.jit(lambda x: x, out_shardings=whole)
@@ -131,4 +160,8 @@ def _check_divisible(variables, mesh: Mesh) -> None:
             if size % parts:
                 common = math.gcd(*sizes.values())
                 works = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0 and n <= mesh.size)
-                raise UserError(f"mesh.{axis}={parts} does not divide the model's {name}={size}; what divides: {works}")
+                # A key head on several devices would lie there more than once, cache and all: refused, not replicated.
+                raise UserError(
+                    f"mesh.{axis}={parts} does not divide the model's {name}={size}; what divides: {works}; the other "
+                    "devices go to mesh.data or mesh.fsdp"
+                )

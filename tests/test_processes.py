@@ -1,0 +1,284 @@
+"""Several processes are one run: the same results, one error shown once, nobody left behind when one dies."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_run
+
+from atp_jax import processes
+from atp_jax.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "8001",
+         "SLURM_STEP_NUM_NODES": "4"}  # fmt: skip
+FOUND = processes.Launch("host:12", 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "expected"),
+    [
+        (("host:12", "4", "2"), {}, FOUND),
+        ((None, None, "2"), {"JAX_COORDINATOR_ADDRESS": "host:12", "JAX_NUM_PROCESSES": "4"}, FOUND),
+        (
+            (None, None, None),
+            {"JAX_COORDINATOR_ADDRESS": "host:12", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"},
+            FOUND,
+        ),
+        ((None, None, None), {"JAX_PLATFORMS": "cpu"}, None),
+        ((None, None, None), {"JOB_COMPLETION_INDEX": "2", "JAX_PLATFORMS": "cpu"}, None),  # one Job of many, alone
+        ((None, "1", None), {}, None),
+        ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a01"}, processes.Launch("a01:61001", 4, 2)),
+        ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a01,b[2-3]"}, processes.Launch("a01:61001", 4, 2)),
+        ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a[07,09-11]"}, processes.Launch("a07:61001", 4, 2)),
+        ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a[07-10],b1"}, processes.Launch("a07:61001", 4, 2)),
+        (
+            (None, None, None),
+            SLURM | {"SLURM_STEP_NODELIST": "a01", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "3"},
+            processes.Launch("a01:61001", 4, 2, (3,)),
+        ),
+        ((None, None, None), SLURM | {"SLURM_STEP_NUM_TASKS": "1", "JAX_PLATFORMS": "cpu"}, None),
+    ],
+)
+def test_how_a_process_was_started(flags, variables, expected):
+    assert processes.find(*flags, variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((None, "4", "1"), "--processes=4 needs --coordinator"),
+        (("host:1", "4", None), "needs --process_id"),
+        (("host", "4", "1"), "must be host:port"),
+        (("host:1", "4", "4"), "--process_id=4 must be below --processes=4"),
+        (("host:1", "four", "1"), "--processes must be a whole number, found 'four'"),
+    ],
+)
+def test_a_start_that_makes_no_sense_is_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        processes.find(*flags, {})
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(devices: int) -> dict[str, str]:
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": path}
+
+
+def start(count: int, code: str, devices: int = 1) -> list[subprocess.Popen]:
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(count), str(place)], env=environment(devices),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for place in range(count)
+    ]  # fmt: skip
+
+
+def ended(group: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    """Exit statuses and what each said on stderr."""
+    try:
+        said = [process.communicate(timeout=120)[1] for process in group]
+        return [process.returncode for process in group], said
+    finally:
+        for process in group:
+            process.kill()
+
+
+JOINED = """
+import os, signal, sys
+import jax, jax.numpy as jnp, numpy as np
+from atp_jax import parallel, processes
+
+processes.connect(processes.find(*sys.argv[1:], {}))
+me = jax.process_index()
+mesh = parallel.make_mesh()
+"""
+
+AGREE = """
+whole = np.arange(24.0, dtype=np.float32).reshape(6, 4)
+placed = parallel.put({"x": whole, "y": jnp.asarray(whole)}, parallel.batch_sharding(mesh))
+assert placed["x"].addressable_shards[0].data.shape == (1, 4)
+doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree))(placed)
+for value in parallel.fetch(doubled).values():
+    np.testing.assert_array_equal(value, 2 * whole)
+assert float(jax.jit(jnp.sum)(placed["x"])) == whole.sum()
+# What each process would say is different; what all hear is what process 0 says.
+assert processes.share(lambda: b"%d" % me) == b"0" and processes.leads() == (me == 0) and processes.count() == 3
+assert processes.first("") == "" and processes.first("from 2" if me == 2 else "") == "from 2"
+assert processes.first("from 0" if me == 0 else "later") == "from 0"
+processes.alike("this", "the same")
+big = bytes(range(256)) * 20_000
+assert processes.share(lambda: big) == big
+try:
+    processes.alike("that", "mine" if me == 1 else "ours")
+    assert me != 1
+except processes.UserError as error:
+    assert me == 1 and "that is not the same as in process 0" in str(error)
+sys.exit(processes.end(0, ""))
+"""
+
+
+def test_what_all_processes_agree_on_and_leave_together():
+    """Arrays over three processes x two devices, texts, words, a difference that is noticed."""
+    statuses, said = ended(start(3, JOINED + AGREE, devices=2))
+    assert statuses == [0, 0, 0], said
+
+
+# Process 1 has an error at once, or all have the same; the others wait for it inside a computation.
+FAILS = """
+def work():
+    if me == 1 or {everybody}:
+        {fails}
+    for _ in range(2):
+        jax.block_until_ready(jax.jit(jnp.sum)(parallel.put(np.ones(4), parallel.batch_sharding(mesh))))
+    return 0, ""
+
+sys.exit(processes.end(*work()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("everybody", "fails", "status", "said"),
+    [
+        (False, 'return 2, "error: disk full"', 2, "error: process 1: disk full\n"),
+        (True, 'return 2, "error: no such file"', 2, "error: no such file\n"),
+        (False, "os.kill(os.getpid(), signal.SIGKILL)", 1, processes.died(1) + "\n"),
+    ],
+)
+def test_the_first_error_is_shown_once_and_ends_all(everybody, fails, status, said):
+    began = time.monotonic()
+    statuses, errors = ended(start(2, JOINED + FAILS.format(everybody=everybody, fails=fails)))
+    assert statuses[0] == status and statuses[1] == (-signal.SIGKILL if "SIGKILL" in fails else status)
+    assert errors == [said, ""] and time.monotonic() - began < 60
+
+
+DEAD_LEADER = """
+if me == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+processes.share(lambda: b"")
+"""
+
+
+def test_without_process_0_the_others_say_so_and_leave():
+    statuses, errors = ended(start(2, JOINED + DEAD_LEADER))
+    assert statuses == [-signal.SIGKILL, 1] and errors[1].startswith(processes.died(0))
+
+
+# The smallest pipeline with every stage of the quickstart.
+CONFIG = """
+from atp_jax.settings import default_config
+
+def get_config(folder):
+    config = default_config()
+    config.sampling.max_new_tokens = 32
+    config.data.limit, config.evolve.samples, config.evolve.rounds = 2, 2, 2
+    config.evolve.controls, config.evolve.probe = ("none", "no_history"), (0, 1)
+    align = config.align
+    align.method, align.path, align.validation = "dpo+grpo", f"{folder}/align.json", f"{folder}/validation.json"
+    align.rows, align.check_every, align.check_samples, align.save_every = 4, 2, 1, 1
+    align.pairs.steer, align.pairs.tries = False, 12
+    align.dpo.epochs, align.dpo.batch, align.dpo.learning_rate, align.dpo.schedule = 2, 4, 1e-3, "constant"
+    align.grpo.steps, align.grpo.prompts, align.grpo.group, align.grpo.learning_rate = 4, 2, 2, 1e-3
+    return config
+"""
+
+
+def write_config(folder: Path) -> None:
+    (folder / "config.py").write_text(CONFIG)
+    for name in ("align", "validation"):
+        rows = json.loads((small_run.ROOT / "atp_jax" / "scenarios" / f"role_play_{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(rows[:4]))
+
+
+def run(folder: Path, workdir: Path, count: int, devices: int) -> list[subprocess.Popen]:
+    """The command in `count` processes, each with its stdout and stderr in a file beside the workdir."""
+    address, group = f"127.0.0.1:{free_port()}", []
+    for place in range(count):
+        own = [f"--coordinator={address}", f"--processes={count}", f"--process_id={place}"] if count > 1 else []
+        command = [sys.executable, "-m", "atp_jax", f"--config={folder / 'config.py'}:{folder}", f"--workdir={workdir}"]
+        with (
+            workdir.with_suffix(f".out{place}").open("a") as out,
+            workdir.with_suffix(f".err{place}").open("a") as err,
+        ):
+            group.append(
+                subprocess.Popen(
+                    command + own, cwd=small_run.ROOT, env=environment(devices), stdout=out, stderr=err, text=True
+                )
+            )
+    return group
+
+
+def same(one, other, tolerance: float = 1e-5) -> bool:
+    """The same results but for the roundings of scored probabilities, whose sums over devices have another order."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name], tolerance) for name in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= tolerance
+    return one == other
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_one(group: list[subprocess.Popen], victim: int, workdir: Path, lines: int, delay: float) -> float | None:
+    """Kills a process `delay` seconds after the run has so many lines of metrics. -> the seconds after which the last
+    of the others had left; None where the run was over before."""
+    while lines_of(workdir / "metrics.jsonl") < lines and group[0].poll() is None:
+        time.sleep(0.02)
+    time.sleep(delay)
+    if any(process.poll() is not None for process in group):
+        return None
+    group[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    for process in group:
+        process.wait(timeout=90)
+    return time.monotonic() - began
+
+
+def killed_and_resumed(folder: Path, whole: Path, count: int, kills: int, seed: int) -> list[float]:
+    """Kills a process of a run `kills` times, resumes it each time, and compares what it ends with to `whole`, the
+    workdir of a run that nobody killed. -> how long the others took to leave."""
+    draw, workdir, total, took = random.Random(seed), folder / f"killed{seed}", lines_of(whole / "metrics.jsonl"), []
+    for number in range(kills):
+        victim, lines, delay = draw.randrange(count), int(number * total / kills), draw.uniform(0, 3)
+        group = run(folder, workdir, count, 1)
+        try:
+            seconds = kill_one(group, victim, workdir, lines, delay)
+            if seconds is not None:
+                took.append(seconds)
+                statuses = [process.returncode for process in group]
+                assert statuses == [-signal.SIGKILL if place == victim else 1 for place in range(count)], statuses
+                told = (0 if victim else 1) if count > 1 else 0
+                assert processes.died(victim) in workdir.with_suffix(f".err{told}").read_text()
+                print(f"process {victim} killed at line {lines} of {total}: the others left within {seconds:.1f} s")
+        finally:
+            for process in group:
+                process.kill()
+    last = run(folder, workdir, count, 1)
+    assert [process.wait() for process in last] == [0] * count
+    for name in (
+        "results.json",
+        "pairs.jsonl",
+        "models/dpo/adapter_model.safetensors",
+        "models/grpo/adapter_model.safetensors",
+    ):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+    for path in whole.glob("evolve/*/episodes.jsonl"):
+        assert (workdir / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    return took
