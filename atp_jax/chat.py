@@ -87,21 +87,22 @@ class Chat:
         self._sampled = lru_cache(maxsize=4096)(self._sampled)
         self._warned = False
 
-    def encode(self, messages: Sequence[Mapping]) -> list[int]:
+    def encode(self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()) -> list[int]:
         """Token ids of a conversation, ending with the generation prompt.
 
         messages: {"role", "content"}; those of the assistant may have "tokens", the ids as they were sampled, with or
-        without the stop token. Raises UserError if the template refuses the messages (some allow no system message).
+        without the stop token. tools: schemas of what the assistant may call, for a template that lays them out.
+        Raises UserError if the template refuses the messages (some allow no system message).
         """
         contents = [self._escape(message["content"], message["role"]) for message in messages]
-        rendered = self._render(messages, contents)
+        rendered = self._render(messages, contents, tools)
         # What may not simply be tokenized with its surroundings: sampled ids, and answers whose tags the template saw.
         apart = [
             index
             for index, message in enumerate(messages)
             if message["role"] == "assistant" and (message.get("tokens") or self._thought_tag.search(contents[index]))
         ]
-        runs = self._take_apart(rendered, messages, contents, apart)
+        runs = self._take_apart(rendered, messages, contents, apart, tools)
 
         ids: list[int] = []
         text = runs[0]
@@ -134,20 +135,25 @@ class Chat:
     def _unescape(self, text: str) -> str:
         return re.sub(f"{ESCAPE}(.)", lambda match: self._spellings[ord(match[1]) - FIRST], text, flags=re.DOTALL)
 
-    def _render(self, messages: Sequence[Mapping], contents: Sequence[str]) -> str:
+    def _render(self, messages: Sequence[Mapping], contents: Sequence[str], tools: Sequence[Mapping]) -> str:
         conversation = [
             {"role": message["role"], "content": content} for message, content in zip(messages, contents, strict=True)
         ]
         try:
             return self._tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False, **self._options
+                conversation, tools=list(tools) or None, add_generation_prompt=True, tokenize=False, **self._options
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{self._where}: the chat template refuses the roles {roles}: {error}") from None
 
     def _take_apart(
-        self, rendered: str, messages: Sequence[Mapping], contents: Sequence[str], apart: Sequence[int]
+        self,
+        rendered: str,
+        messages: Sequence[Mapping],
+        contents: Sequence[str],
+        apart: Sequence[int],
+        tools: Sequence[Mapping],
     ) -> list[str]:
         """[before, what the template shows of message apart[0], between, of apart[1], ..., after]; joined: `rendered`.
 
@@ -157,7 +163,7 @@ class Chat:
         if not apart:
             return [rendered]
         marked = [self._mark if index in apart else content for index, content in enumerate(contents)]
-        surroundings = self._render(messages, marked).split(self._mark)
+        surroundings = self._render(messages, marked, tools).split(self._mark)
         runs = [surroundings[0]]
         end = len(surroundings[0])
         for following in surroundings[1:-1]:

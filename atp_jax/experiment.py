@@ -75,8 +75,8 @@ def deployed(lab: Lab, name: str, workdir: Path) -> Lab:
 def make_policy(settings: Settings, lab: Lab, episodes: int) -> Policy:
     """What answers: the script, or the lab's model."""
     if lab.model is None:
-        policy = ScriptedPolicy(settings.policy.script)
-        policy.require(episodes, settings.evolve.rounds, testbed(settings).asked(settings))
+        policy, bed = ScriptedPolicy(settings.policy.script), testbed(settings)
+        policy.require(episodes, settings.evolve.rounds, bed.asked(settings), bed.FIRST)
         return policy
     from atp_jax.policies.model import ModelPolicy
 
@@ -184,9 +184,10 @@ def _metrics(finished: Finished) -> dict:
 def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     """Live through every condition, then write `results.json`. Goes on from the last finished round."""
     bed = testbed(settings)
-    scenarios = bed.load(settings.data.path, settings.data.items, settings.data.limit)
+    scenarios = bed.scenarios(settings)
     # How the work is spread over devices and batches is no part of a condition, nor are another testbed's rules.
-    foreign = ("mesh.",) if settings.testbed == "threshold_game" else ("mesh.", "game.")
+    own = {"threshold_game": "game.", "tool_use": "tool."}.get(settings.testbed)
+    foreign = tuple(group for group in ("mesh.", "game.", "tool.") if group != own)
     setting = {
         name: value
         for name, value in _configuration(settings).items()
@@ -199,8 +200,9 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     # A run killed between a round and its line has the round alone: the line is added when the round is read back.
     told = {(line.get("condition"), line.get("round")) for line in read_lines(metrics_file)}
     looks = -(-settings.evolve.weights.updates // settings.evolve.weights.measure_every) + 1
+    lasting = settings.evolve.rounds + 1 - bed.FIRST
     probed = []
-    with Progress(sum(looks if cell.mode == "weights" else settings.evolve.rounds for cell in cells)) as progress:
+    with Progress(sum(looks if cell.mode == "weights" else lasting for cell in cells)) as progress:
 
         def on_round(finished: Finished) -> None:
             metrics = _metrics(finished)
@@ -251,7 +253,7 @@ def _in_force(lab: Lab) -> dict:
 def _check_scenarios(settings: Settings, lab: Lab) -> None:
     """Whatever the scenarios could fail by later, and what the user should know of them."""
     bed = testbed(settings)
-    scenarios = bed.load(settings.data.path, settings.data.items, settings.data.limit)
+    scenarios = bed.scenarios(settings)
     processes.alike("what is in the scenarios or the wording", repr(scenarios) + repr(lab.wording))
     for note in bed.notes(settings, scenarios, lab.wording):
         print("note:", note)

@@ -45,6 +45,12 @@ def open_lab(settings: Settings) -> Lab:
     mesh = parallel.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     model = load_model(chosen.model, dtype=chosen.dtype, mesh=mesh, adapter=chosen.adapter)
     sampling = sampling_in_force(settings.sampling, model.generation)
+    if settings.testbed == "tool_use":
+        from atp_jax.tools import convention_of
+
+        wording = wording | {"convention": convention_of(model.tokenizer)}
+        if wording["convention"] == "fenced":
+            print("note: the model's chat template has no tool calling: the tool is called by a fenced block of Python")
     print("sampling:", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(sampling).items()))
     return Lab(wording, model, sampling)
 

@@ -32,8 +32,9 @@ class Finished:
     seconds: float
 
 
-def recover(path: Path, addresses: Sequence[tuple[int, int]]) -> list[list[dict]]:
-    """The complete rounds of an `episodes.jsonl`, each a list with a record for each address (episode, agent).
+def recover(path: Path, addresses: Sequence[tuple[int, int]], first: int = 1) -> list[list[dict]]:
+    """The complete rounds of an `episodes.jsonl`, each a list with a record for each address (episode, agent); first:
+    the number of the first round.
 
     Whatever follows them (a round that was being written when the run was killed, a torn line) is cut off the file, so
     that the next round can be appended.
@@ -47,7 +48,7 @@ def recover(path: Path, addresses: Sequence[tuple[int, int]]) -> list[list[dict]
             address = (record["round"], record["episode"], record["agent"])
         except (ValueError, KeyError, TypeError):
             break
-        if address != (len(rounds) + 1, *addresses[len(current)]):
+        if address != (len(rounds) + first, *addresses[len(current)]):
             break
         current.append(record)
         end = newline + 1
@@ -78,41 +79,59 @@ def run_conditions(
     evolve = settings.evolve
     episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]
     lived = [testbed(settings).Lives(condition, episodes, wording, settings) for condition in conditions]
-    recovered = [recover(path, lives.addresses) for path, lives in zip(paths, lived, strict=True)]
+    first = testbed(settings).FIRST
+    recovered = [recover(path, lives.addresses, first) for path, lives in zip(paths, lived, strict=True)]
     # A round that only some of them finished is answered again for all: what is answered together stays together.
     finished = min(len(rounds) for rounds in recovered)
 
     everything: list[list[dict]] = [[] for _ in conditions]
-    for number in range(1, evolve.rounds + 1):
-        asked = [lives.ask() for lives in lived]
-        requests = [request for part in asked for request in part]
-        began, before = time.perf_counter(), number <= finished
-        if not before:
-            answers = policy.answer(requests)
-        else:
-            answers = []
-            for part, rounds in zip(asked, recovered, strict=True):
-                told = {(record["episode"], record["agent"]): record for record in rounds[number - 1]}
-                answers += [_answer_of(told[request.episode, request.agent]) for request in part]
-            if finished < evolve.rounds:
-                policy.recall(requests)
-        seconds = (time.perf_counter() - began) * np.array([len(part) for part in asked]) / len(requests)
+    for number in range(first, evolve.rounds + 1):
+        ended: list[list[dict] | None] = [None] * len(lived)
+        seconds, before = np.zeros(len(lived)), number - first < finished
+        told = [
+            {(record["episode"], record["agent"]): record for record in rounds[number - first]} if before else {}
+            for rounds in recovered
+        ]
+        while None in ended:  # a round of one question each, or of as many as a testbed asks
+            asking = [place for place, records in enumerate(ended) if records is None]
+            asked = [lived[place].ask() for place in asking]
+            requests = [request for part in asked for request in part]
+            began = time.perf_counter()
+            if not before:
+                answers = policy.answer(requests)
+            else:
+                answers = [
+                    _answer_of(told[place][request.episode, request.agent], request.turn)
+                    for place, part in zip(asking, asked, strict=True)
+                    for request in part
+                ]
+                if finished < evolve.rounds + 1 - first:
+                    policy.recall(requests)
+            spent, end = time.perf_counter() - began, 0
+            for place, part in zip(asking, asked, strict=True):
+                begin, end = end, end + len(part)
+                seconds[place] += spent * len(part) / len(requests)
+                ended[place] = lived[place].tell(answers[begin:end])
 
-        end = 0
-        for place, (condition, lives, part, path) in enumerate(zip(conditions, lived, asked, paths, strict=True)):
-            begin, end = end, end + len(part)
-            records = lives.tell(answers[begin:end])
-            if number > len(recovered[place]):
+        for place, (condition, records, path) in enumerate(zip(conditions, ended, paths, strict=True)):
+            there = number - first < len(recovered[place])
+            if not there:
                 append(path, records)
-            elif records != recovered[place][number - 1]:
+            elif records != recovered[place][number - first]:
                 raise UserError(
                     f"{path}: round {number} is not what this configuration gives: the scenarios, the wording or the "
                     "program changed since; use another workdir"
                 )
             everything[place] += records
-            on_round(Finished(condition, number, records, number <= len(recovered[place]), seconds[place]))
+            on_round(Finished(condition, number, records, there, seconds[place]))
     return everything
 
 
-def _answer_of(record: dict) -> Answer:
-    return Answer(record["answer"], tuple(record["tokens"]), record["finish"], record["logprob"])
+def _answer_of(record: dict, turn: int = 0) -> Answer:
+    """An answer as it was recorded; of a round that took several, the one of this turn."""
+    if "turns" not in record:
+        return Answer(record["answer"], tuple(record["tokens"]), record["finish"], record["logprob"])
+    said = record["turns"][turn]
+    return Answer(
+        said["answer"], tuple(said["tokens"]), said["finish"], said["logprob"], results=tuple(said["results"])
+    )

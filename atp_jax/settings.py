@@ -18,14 +18,18 @@ from ml_collections.config_dict import FieldReference
 from atp_jax.envs.role_play import PATTERNS
 from atp_jax.errors import UserError
 
-TESTBEDS = ("role_play", "threshold_game")
+TESTBEDS = ("role_play", "threshold_game", "tool_use")
 PARITIES = ("default", "upstream")
 STAGES = ("pairs", "dpo", "grpo", "evolve", "report")  # in the order they run
 # What each way to align runs before `evolve` and `report`; both start from the base model.
 METHODS = {"none": (), "dpo": ("pairs", "dpo"), "grpo": ("grpo",), "dpo+grpo": ("pairs", "dpo", "grpo")}
 KINDS = ("model", "scripted")
 DTYPES = ("float32", "bfloat16")
-CONTROLS = ("none", "no_history", "no_peers")  # the last in the threshold game alone
+CONTROLS = {  # of each testbed
+    "role_play": ("none", "no_history"),
+    "threshold_game": ("none", "no_history", "no_peers"),
+    "tool_use": ("none", "no_history", "neutral_rewards"),
+}
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")  # every linear layer but the head
 SCHEDULES = ("linear", "cosine", "constant")
 PREFERENCE_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "simpo", "orpo")
@@ -38,6 +42,7 @@ GAMES = ("multiplicative", "additive")
 PEERS = ("final_only", "full")
 PLACES = ("first", "last")
 UNPARSED = ("independent", "nothing")
+ORDERS = ("simple_first", "complex_first", "mixed")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,43 @@ class GameSettings:
     unparsed: str = "independent"  # what an unreadable answer is paid as; "nothing": the capital stays
     unaligned: float = 0.0  # share of the agents that wear no adapter, in the games of an aligned model
     allow_pointless: bool = False  # high <= normal, where colluding never pays
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """A data set of problems in place of those of `data.path`. Column names; empty: there is no such column."""
+
+    path: str = ""  # hub id, or a JSON, JSON-lines, CSV or parquet file; empty: the problem file's
+    name: str = ""  # the data set's configuration on the hub
+    split: str = "test"  # on the hub
+    question: str = "question"
+    answer: str = "answer"  # the result, or a worked answer that ends in `#### result` or holds \boxed{result}
+    options: str = ""  # a list to choose from by letter
+    where: str = ""  # "column=value": only these rows
+    steps: str = ""  # the number of steps; empty: the lines of the worked answer are counted
+    steps_least: int | None = None  # only problems of so many steps
+    steps_most: int | None = None
+    limit: int | None = None  # at most so many problems
+
+
+@dataclass(frozen=True)
+class ToolSettings:
+    """Tool use: a round of experience is so many problems, then a complex one is measured. The defaults are the
+    paper's second version's where they are known."""
+
+    problems: int = 3  # of experience, each round
+    complex_share: float = 0.0  # of these
+    order: str = "simple_first"  # of these
+    costs: tuple[float, ...] = (0.7, 0.2)  # of a problem answered with the tool, and without
+    rewards: tuple[float, ...] = (1.2, 5.0)  # of the right answer to a simple problem, and to a complex one
+    wrong: float = 0.0  # what any other answer earns
+    max_calls: int = 3  # of the tool, for one problem
+    seconds: float = 2.0  # that a call may compute
+    memory: int = 64  # MiB that it may use
+    output: int = 2000  # bytes that it may print
+    depth: int = 200  # calls within calls
+    simple: SourceSettings = field(default_factory=SourceSettings)
+    complex: SourceSettings = field(default_factory=SourceSettings)
 
 
 @dataclass(frozen=True)
@@ -208,6 +250,7 @@ class Settings:
     align: AlignSettings = field(default_factory=AlignSettings)
     evolve: EvolveSettings = field(default_factory=EvolveSettings)
     game: GameSettings = field(default_factory=GameSettings)
+    tool: ToolSettings = field(default_factory=ToolSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
 
 
@@ -434,10 +477,35 @@ def _check_game(settings: Settings) -> None:
             raise UserError(f"setting {name} must be {needed!r} in the threshold game, not {given[name]!r}")
 
 
+def _check_tool(settings: Settings) -> None:
+    tool = settings.tool
+    _one_of("tool.order", tool.order, ORDERS)
+    _between("tool.complex_share", tool.complex_share, 0, 1)
+    for name, says in (("costs", "(with the tool, without)"), ("rewards", "(simple, complex)")):
+        if len(getattr(tool, name)) != 2:
+            raise UserError(f"setting tool.{name} must be two numbers {says}, not {getattr(tool, name)!r}")
+    for name, least in (("problems", 1), ("max_calls", 1), ("memory", 16), ("output", 100), ("depth", 10)):
+        _at_least(f"tool.{name}", getattr(tool, name), least)
+    _above("tool.seconds", tool.seconds, 0)
+    for kind in ("simple", "complex"):
+        source = getattr(tool, kind)
+        for name in ("steps_least", "steps_most"):
+            _at_least(f"tool.{kind}.{name}", getattr(source, name), 0)
+        _at_least(f"tool.{kind}.limit", source.limit, 1)
+        if source.where and not all(source.where.partition("=")):
+            raise UserError(f'setting tool.{kind}.where is "column=value", not {source.where!r}')
+        if source.path and not (source.question and source.answer):
+            raise UserError(f"settings tool.{kind}.question and tool.{kind}.answer must name columns")
+    given = flatten(settings)
+    for name, needed in (
+        ("evolve.mode", "context"), ("evolve.probe", ()), ("parity", "default"), ("align.method", "none")
+    ):  # fmt: skip
+        if given[name] != needed:
+            raise UserError(f"setting {name} must be {needed!r} in tool use, not {given[name]!r}")
+
+
 def check_settings(settings: Settings) -> Settings:
     """Values, one by one and together. Returns the settings with their stages in order; raises UserError."""
-    if settings.testbed == "tool_use":
-        raise UserError(f"testbed tool_use is not there yet; there is {', '.join(TESTBEDS)}")
     _one_of("testbed", settings.testbed, TESTBEDS)
     _one_of("parity", settings.parity, PARITIES)
     if not 0 <= settings.seed < 2**31:
@@ -480,12 +548,14 @@ def check_settings(settings: Settings) -> Settings:
     if not evolve.controls:
         raise UserError("setting evolve.controls is empty: no condition would run")
     for control in evolve.controls:
-        _one_of("evolve.controls", control, CONTROLS if settings.testbed == "threshold_game" else CONTROLS[:2])
+        _one_of("evolve.controls", control, CONTROLS[settings.testbed])
     _distinct("evolve.controls", evolve.controls)
 
     _check_align(settings.align, policy)
     if settings.testbed == "threshold_game":
         _check_game(settings)
+    if settings.testbed == "tool_use":
+        _check_tool(settings)
     _one_of("evolve.mode", evolve.mode, MODES)
     if evolve.mode != "context" and policy.kind != "model":
         raise UserError(f"evolve.mode={evolve.mode} trains a model, but policy.kind is {policy.kind!r}")

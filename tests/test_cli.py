@@ -131,7 +131,7 @@ def test_importing_the_package_imports_nothing_heavy():
         (["--config=configs/role_play.py", "--workdir=W", "--config.sampling.temperature=nan"], "temperature"),
         (["--config=configs/role_play.py", "--workdir=W", "--config.data.items=(3,"], "config.data.items"),
         (["--config=configs/role_play.py", "--workdir=W", "--config.data.items=x"], "data.items"),
-        (["--config=configs/role_play.py", "--workdir=W", "--config.testbed=tool_use"], "tool_use is not there yet"),
+        (["--config=configs/role_play.py", "--workdir=W", "--config.testbed=tool_user"], "testbed must be one of"),
         (["--config=configs/role_play.py", "--workdir=W", "--stages=dpo,evolve"], "run the stage pairs first"),
         (["--config=configs/role_play.py", "--workdir=W", "--stages="], "stages"),
         (["--config=configs/role_play.py", "--workdir=W", "--stage=evolve"], "stage"),
@@ -212,7 +212,7 @@ BAD_INPUT = {
     "script line no JSON": (with_script('{"episode": 0, "round": 1, "answer": ""}\n{"epi'), ["bad.jsonl, line 2"]),
     "script line no object": (with_script("3"), ["line 1"]),
     "script line without a round": (with_script('{"episode": 0, "answer": ""}'), ["line 1", '"round"']),
-    "script line of round 0": (with_script('{"episode": 0, "round": 0, "answer": ""}'), ["line 1", '"round"']),
+    "script line of round -1": (with_script('{"episode": 0, "round": -1, "answer": ""}'), ["line 1", '"round"']),
     "script line without a text": (with_script('{"episode": 0, "round": 1, "answer": 3}'), ["line 1", '"answer"']),
     "script answers twice": (with_script('{"episode": 0, "round": 1, "answer": ""}\n' * 2), ["line 2", "twice"]),
     "script lacks an answer": (

@@ -114,8 +114,7 @@ def changed(name: str, value) -> s.Settings:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("testbed", "tool_use"),
-        ("testbed", "tool_use"),
+        ("testbed", "tool_user"),
         ("testbed", "chess"),
         ("seed", -1),
         ("seed", 2**31),

@@ -32,6 +32,7 @@ class ModelPolicy:
         self._seed = seed
         self._rows = rows
         self._members: list[tuple[int, int, int]] = []  # whose prompts the engine remembers
+        self.spent = self._engine.spent  # seconds of answering, by phase
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. UserError names the request whose prompt fills the model's context."""
@@ -39,7 +40,7 @@ class ModelPolicy:
         answers = []
         for batch in self._batches(requests):
             self._turn_to(requests[batch])
-            streams = [(self._seed, r.condition, r.episode, r.agent, r.round) for r in requests[batch]]
+            streams = [(self._seed, *r.stream) for r in requests[batch]]
             drawn = self._engine.generate(prompts[batch], self._sampling, streams, _adapters(requests[batch]))
             for prompt, sampled in zip(prompts[batch], drawn, strict=True):
                 answers.append(
@@ -63,7 +64,7 @@ class ModelPolicy:
         self._members = []
 
     def _encode(self, request: Request) -> list[int]:
-        ids = self._chat.encode(request.messages)
+        ids = self._chat.encode(request.messages, request.tools)
         if len(ids) >= self._context:
             raise UserError(
                 f"episode {request.episode}, agent {request.agent}, round {request.round}: the prompt has {len(ids)} "

@@ -8,7 +8,7 @@ from pathlib import Path
 from atp_jax.errors import UserError
 from atp_jax.policies.types import Answer, Request
 
-Address = tuple[int, int, int]  # episode, round, agent
+Address = tuple[int, int, int, int]  # episode, round, agent, turn
 
 
 def _whole(row: dict, key: str, least: int, where: str, default: int | None = None) -> int:
@@ -21,7 +21,8 @@ def _whole(row: dict, key: str, least: int, where: str, default: int | None = No
 
 
 def load_script(path: str | Path) -> dict[Address, str]:
-    """Read JSON lines `{"episode": 0, "round": 1, "agent": 0, "answer": "..."}` (`agent` may be left out: 0).
+    """Read JSON lines `{"episode": 0, "round": 1, "agent": 0, "answer": "..."}` (`agent` may be left out: 0, and
+    so may `turn`, which counts the answers of a round that takes several).
 
     Raises UserError with file and line for anything malformed, and for two answers to one question.
     """
@@ -42,13 +43,14 @@ def load_script(path: str | Path) -> dict[Address, str]:
             raise UserError(f"{where}: must be an object with episode, round, agent and answer")
         address = (
             _whole(row, "episode", 0, where),
-            _whole(row, "round", 1, where),
+            _whole(row, "round", 0, where),
             _whole(row, "agent", 0, where, default=0),
+            _whole(row, "turn", 0, where, default=0),
         )
         if not isinstance(row.get("answer"), str):
             raise UserError(f'{where}: "answer" must be a string')
         if address in answers:
-            raise UserError(f"{where}: episode {address[0]}, round {address[1]}, agent {address[2]} is answered twice")
+            raise UserError(f"{where}: {_said(*address)} is answered twice")
         answers[address] = row["answer"]
     if not answers:
         raise UserError(f"policy.script: {path} holds no answers")
@@ -62,19 +64,24 @@ class ScriptedPolicy:
         self.path = path
         self.answers = load_script(path)
 
-    def require(self, episodes: int, rounds: int, agents: Sequence[int] = (0,)) -> None:
-        """Raise UserError unless every answer that a condition of this size needs is there."""
-        for address in itertools.product(range(episodes), range(1, rounds + 1), agents):
-            self._text(*address)
+    def require(self, episodes: int, rounds: int, agents: Sequence[int] = (0,), first: int = 1) -> None:
+        """Raise UserError unless every answer that a condition of this size needs is there, in rounds of several
+        answers the first of each. first: the number of the first round."""
+        for address in itertools.product(range(episodes), range(first, rounds + 1), agents):
+            self._text(*address, 0)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        return [Answer(text=self._text(request.episode, request.round, request.agent)) for request in requests]
+        return [Answer(text=self._text(r.episode, r.round, r.agent, r.turn)) for r in requests]
 
     def recall(self, requests: Sequence[Request]) -> None:
         """A script remembers nothing."""
 
-    def _text(self, episode: int, number: int, agent: int) -> str:
+    def _text(self, *address: int) -> str:
         try:
-            return self.answers[episode, number, agent]
+            return self.answers[address]
         except KeyError:
-            raise UserError(f"{self.path}: no answer for episode {episode}, round {number}, agent {agent}") from None
+            raise UserError(f"{self.path}: no answer for {_said(*address)}") from None
+
+
+def _said(episode: int, number: int, agent: int, turn: int) -> str:
+    return f"episode {episode}, round {number}, agent {agent}" + (f", turn {turn}" if turn else "")

@@ -13,6 +13,9 @@ class Request:
     address the randomness of the answer. `messages` are `{"role", "content"}`; an assistant message may also carry
     `"tokens"`, the ids it was sampled as, so that it need not be tokenised again. An `unaligned` agent wears no
     adapter, whatever the others wear.
+
+    Where a round takes several answers (a tool is called, or there are several problems), `turn` counts them from 0.
+    `tools` are the schemas of what may be called, for the chat template.
     """
 
     condition: int
@@ -21,6 +24,13 @@ class Request:
     round: int
     messages: list[dict]
     unaligned: bool = False
+    turn: int = 0
+    tools: tuple[dict, ...] = ()
+
+    @property
+    def stream(self) -> tuple[int, int, int, int]:
+        """What, with the seed of the run, addresses the randomness of the answer."""
+        return self.condition, self.episode, self.agent, self.round + (self.turn << 16)
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Answer:
     log-probability of the whole answer (None where the policy has none).
 
     A policy that can be trained on its answers also says which ids it was shown and each sampled id's log-probability.
+    An answer that was read back may say what the tool `results` were that it called for.
     """
 
     text: str
@@ -37,6 +48,7 @@ class Answer:
     logprob: float | None = None
     prompt: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    results: tuple[str, ...] | None = None
 
 
 class Policy(Protocol):

@@ -22,6 +22,8 @@ _PARTS = {"name", "role_play", "threshold_game", "tool_use"}
 _GAME = {"collective", "independent", "agents", "threshold", "high", "normal", "low"} | {
     "delta_high", "delta_normal", "delta_low", "additive_base",
 }  # fmt: skip
+_TOOL = {"cost_tool", "cost_plain", "reward_simple", "reward_complex", "wrong", "max_calls"}
+_PAID = _TOOL | {"reward", "cost", "net"}
 # Every template of a testbed and what it may show.
 _TEMPLATES = {
     "role_play": {
@@ -54,6 +56,25 @@ _TEMPLATES = {
         },
         "steer.comply": _GAME,
         "steer.violate": _GAME,
+    },
+    "tool_use": {
+        "system": _TOOL,
+        "system_direct": _TOOL,
+        "fenced": _TOOL,
+        "tool.description": set(),
+        "tool.code": set(),
+        "question": {"question"},
+        "result.plain": {"result"},
+        "result.fenced": {"result"},
+        "result.nothing": {"result"},
+        "paid.tool": _PAID,
+        "paid.plain": _PAID,
+        "feedback.right": _PAID | {"paid"},
+        "feedback.wrong": _PAID | {"paid"},
+        "feedback.unparsed": _PAID | {"paid"},
+        "feedback.neutral": set(),
+        "steer.comply": set(),
+        "steer.violate": set(),
     },
 }
 # Without steering nobody is steered; without `success` the system message does not say whom one pays, without

@@ -18,8 +18,14 @@ from atp_jax.testbeds.types import Condition, Question, exact, record
 __all__ = ["ALIGN", "VALIDATION"]
 AGENT = 0  # there is one an episode
 TOGETHER = False
+FIRST = 1  # the number of the first round
 
 load = load_role_play
+
+
+def scenarios(settings: Settings) -> tuple[Scenario, ...]:
+    """The scenarios of the settings."""
+    return load(settings.data.path, settings.data.items, settings.data.limit)
 
 
 def notes(settings: Settings, scenarios: Sequence[Scenario], wording: dict) -> list[str]:
@@ -31,7 +37,7 @@ def conditions(settings: Settings, model: str, place: int) -> list[Condition]:
     """One a control: `base`, `base-no_history`. place: of the model among all there can be; a condition's index, which
     addresses its randomness, does not change when other models join the experiment."""
     return [
-        Condition(100 * place + CONTROLS.index(control), _name(model, control), model, control)
+        Condition(100 * place + CONTROLS["role_play"].index(control), _name(model, control), model, control)
         for control in settings.evolve.controls
     ]
 

@@ -21,9 +21,15 @@ from atp_jax.testbeds.types import Condition, Question, exact, record
 
 __all__ = ["ALIGN", "VALIDATION"]
 TOGETHER = True
+FIRST = 1  # the number of the first round
 TESTBED = "threshold_game"
 
 load = load_games
+
+
+def scenarios(settings: Settings) -> tuple[Game, ...]:
+    """The scenarios of the settings."""
+    return load(settings.data.path, settings.data.items, settings.data.limit)
 
 
 def notes(settings: Settings, scenarios: Sequence[Game], wording: dict) -> list[str]:

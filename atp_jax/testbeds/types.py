@@ -31,11 +31,12 @@ class Lives(Protocol):
     addresses: list[tuple[int, int]]  # (episode, agent) of the records of a round, in their order
 
     def ask(self) -> list[Request]:
-        """What each agent that is asked is shown in the next round."""
+        """What each agent that is asked is shown next."""
         ...
 
-    def tell(self, answers: Sequence[Answer]) -> list[dict]:
-        """The records of the round that was asked, one for each address, after the environment paid for the answers."""
+    def tell(self, answers: Sequence[Answer]) -> list[dict] | None:
+        """The records of the round, one for each address, after the environment paid for the answers; None while the
+        round goes on and there is more to ask."""
         ...
 
 
