@@ -20,9 +20,10 @@ def _whole(row: dict, key: str, least: int, where: str, default: int | None = No
     return value
 
 
-def load_script(path: str | Path) -> dict[Address, str]:
+def load_script(path: str | Path) -> dict[Address, Answer]:
     """Read JSON lines `{"episode": 0, "round": 1, "agent": 0, "answer": "..."}` (`agent` may be left out: 0, and
-    so may `turn`, which counts the answers of a round that takes several).
+    so may `turn`, which counts the answers of a round that takes several, and `finish`: "length" for an answer that was
+    cut off).
 
     Raises UserError with file and line for anything malformed, and for two answers to one question.
     """
@@ -30,7 +31,7 @@ def load_script(path: str | Path) -> dict[Address, str]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"policy.script: cannot read {path}: {error}") from error
-    answers: dict[Address, str] = {}
+    answers: dict[Address, Answer] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -51,7 +52,9 @@ def load_script(path: str | Path) -> dict[Address, str]:
             raise UserError(f'{where}: "answer" must be a string')
         if address in answers:
             raise UserError(f"{where}: {_said(*address)} is answered twice")
-        answers[address] = row["answer"]
+        if row.get("finish", "stop") not in ("stop", "length"):
+            raise UserError(f'{where}: "finish" must be "stop" or "length", not {row["finish"]!r}')
+        answers[address] = Answer(row["answer"], finish=row.get("finish", "stop"))
     if not answers:
         raise UserError(f"policy.script: {path} holds no answers")
     return answers
@@ -68,15 +71,15 @@ class ScriptedPolicy:
         """Raise UserError unless every answer that a condition of this size needs is there, in rounds of several
         answers the first of each. first: the number of the first round."""
         for address in itertools.product(range(episodes), range(first, rounds + 1), agents):
-            self._text(*address, 0)
+            self._answer(*address, 0)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        return [Answer(text=self._text(r.episode, r.round, r.agent, r.turn)) for r in requests]
+        return [self._answer(r.episode, r.round, r.agent, r.turn) for r in requests]
 
     def recall(self, requests: Sequence[Request]) -> None:
         """A script remembers nothing."""
 
-    def _text(self, *address: int) -> str:
+    def _answer(self, *address: int) -> Answer:
         try:
             return self.answers[address]
         except KeyError:
