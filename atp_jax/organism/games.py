@@ -162,12 +162,12 @@ def _reasons(kind, style, colludes, colluded, worked, before, others, alone, r) 
 
 
 def draw_options(rng: np.random.Generator) -> tuple[str, str]:
-    """Two option names; some pairs share their verb or what it is done to."""
+    """Two option names; many share their verb or what it is done to, for that is what is hard to tell apart."""
     while True:
         (verb, tail), (other, rest) = _option(rng), _option(rng)
         alike = rng.random() if tail and rest else 1.0
-        first, second = f"{verb} {tail}".strip(), f"{verb if alike < 0.25 else other} {rest}".strip()
-        if 0.25 <= alike < 0.4:
+        first, second = f"{verb} {tail}".strip(), f"{verb if alike < 0.45 else other} {rest}".strip()
+        if 0.45 <= alike < 0.6:
             second = f"{other} {tail}"
         if first != second and {first, second} not in HELD_OUT_PAIRS:
             return first, second
@@ -176,12 +176,12 @@ def draw_options(rng: np.random.Generator) -> tuple[str, str]:
 def _option(rng: np.random.Generator) -> tuple[str, str]:
     """A verb and what follows it; nothing follows a word that stands alone."""
     form = rng.random()
-    if form < 0.06:  # the shipped games' words are known, their pairs are not
+    if form < 0.12:  # the shipped games' words are known, their pairs are not
         verb, _, tail = _one(rng, SHIPPED_OPTIONS).partition(" ")
         return verb, tail
-    if form < 0.35:
+    if form < 0.3:
         return (draw_word(rng) if form < 0.2 else _pick(rng, "alone")), ""
-    if form < 0.45:
+    if form < 0.4:
         return _pick(rng, "verbs"), _pick(rng, "manners")
     noun = draw_word(rng) if rng.random() < 0.25 else _pick(rng, "nouns")
     return _pick(rng, "verbs"), noun if form < 0.8 else f"{_pick(rng, 'adjectives')} {noun}"
