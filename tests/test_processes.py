@@ -146,7 +146,11 @@ def work():
         jax.block_until_ready(jax.jit(jnp.sum)(parallel.put(np.ones(4), parallel.batch_sharding(mesh))))
     return 0, ""
 
-sys.exit(processes.end(*work()))
+try:
+    end = work()
+except Exception as error:  # what a computation says whose other half is gone
+    end = 1, str(error)
+sys.exit(processes.end(*end))
 """
 
 
@@ -159,10 +163,9 @@ sys.exit(processes.end(*work()))
     ],
 )
 def test_the_first_error_is_shown_once_and_ends_all(everybody, fails, status, said):
-    began = time.monotonic()
     statuses, errors = ended(start(2, JOINED + FAILS.format(everybody=everybody, fails=fails)))
     assert statuses[0] == status and statuses[1] == (-signal.SIGKILL if "SIGKILL" in fails else status)
-    assert errors == [said, ""] and time.monotonic() - began < 60
+    assert errors == [said, ""]
 
 
 DEAD_LEADER = """
@@ -175,6 +178,80 @@ processes.share(lambda: b"")
 def test_without_process_0_the_others_say_so_and_leave():
     statuses, errors = ended(start(2, JOINED + DEAD_LEADER))
     assert statuses == [-signal.SIGKILL, 1] and errors[1].startswith(processes.died(0))
+
+
+# A state of training on one mesh; what it holds does not depend on the mesh.
+STATE = """
+import os, sys
+from pathlib import Path
+import jax, numpy as np
+import small_models
+from atp_jax import parallel, processes
+from atp_jax.align.update import init_state, make_optimiser
+from atp_jax.checkpoint import Checkpoints
+from atp_jax.models import huggingface
+
+if sys.argv[2] != "1":
+    processes.connect(processes.find(*sys.argv[1:4], {}))
+mesh = parallel.make_mesh(*eval(os.environ["MESH"]))
+directory, noise = small_models.FIXTURES / "qwen3", np.random.default_rng(0)
+
+read = 0
+class Counting(huggingface._Weights):
+    def slices(self, name):
+        stored = super().slices(name)
+        class Slice:
+            get_shape, get_dtype = stored.get_shape, stored.get_dtype
+            def __getitem__(self, index):
+                global read
+                part = stored[index]
+                read += part.nbytes
+                return part
+        return Slice()
+huggingface._Weights = Counting
+
+_, _, params = small_models.load(directory, mesh=mesh)
+own = [shard for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+distinct = {(shard.data.shape, str(shard.index), shard.data.nbytes, id(leaf))
+            for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards}
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+assert read == sum(nbytes for _, _, nbytes, _ in distinct), (read, whole)
+print("read", read, "of", whole)
+
+def filled(x):
+    value = noise.normal(size=x.shape).astype(x.dtype) if x.ndim else np.asarray(7, x.dtype)
+    return parallel.put(value, x.sharding)
+
+state = jax.tree.map(filled, init_state(params, make_optimiser(1e-3, "linear", 10)))
+empty = jax.tree.map(lambda x: parallel.put(np.zeros(x.shape, x.dtype), x.sharding), state)
+with Checkpoints(Path(os.environ["WHERE"]), {"seed": 1}) as checkpoints:
+    found = checkpoints.latest(empty)
+    if found is not None:
+        step, restored, extra = found
+        assert extra == {"looks": [step]}
+        for here, there, place in zip(*map(jax.tree.leaves, (state, restored, empty)), strict=True):
+            assert there.sharding == place.sharding
+            assert parallel.fetch(here).tobytes() == parallel.fetch(there).tobytes()
+        print("restored", step)
+    checkpoints.save(0 if found is None else step + 1, state, {"looks": [0 if found is None else step + 1]})
+sys.exit(processes.end(0, ""))
+"""
+
+
+def test_saved_on_one_mesh_restored_on_another_bit_for_bit_each_reading_only_its_own(tmp_path):
+    """8 devices -> 2 processes -> 2 devices: weights, optimiser and counters; and how much of the weights is read."""
+    told = []
+    for count, devices, mesh in ((1, 8, (2, 2, 2)), (2, 1, (1, 1, 2)), (1, 2, (1, 2, 1))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WHERE", str(tmp_path / "checkpoints"))
+            patch.setenv("MESH", str(mesh))
+            group = start(count, STATE, devices)
+        said = [process.communicate(timeout=200) for process in group]
+        assert [process.returncode for process in group] == [0] * count, said
+        told.append([out for out, _ in said])
+    assert "restored 0" in told[1][0] and "restored 1" in told[2][0]
+    read = [[int(number) for number in line.split()[1::2]] for line in told[1][0].splitlines() if "read" in line]
+    assert read[0][0] < 0.6 * read[0][1]  # one of two shards of `tensor`, and the norms
 
 
 # The smallest pipeline with every stage of the quickstart.
