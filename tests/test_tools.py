@@ -157,7 +157,8 @@ def test_a_sampled_call_is_laid_out_as_qwens_template_would(templates):
     expected = tokenizer.apply_chat_template(structured, tools=[TOOL], add_generation_prompt=True, tokenize=False)
     assert expected.count("<tool_response>\n42\n</tool_response>") == 1
     chat = Chat(tokenizer)
-    ids = chat.encode(QWEN, [TOOL])
+    sampled = QWEN[2] | {"tokens": tuple(chat.answer(QWEN[2]["content"]))}
+    ids = chat.encode([*QWEN[:2], sampled, QWEN[3]], [TOOL])
     assert tokenizer.decode(ids) == expected
     assert ids == tokenizer.encode(expected, add_special_tokens=False)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from atp_jax.analysis import games_report, games_tables, report, tables
+from atp_jax.analysis import games_report, games_tables, report, tables, tools_report
 from atp_jax.analysis.tables import points, points_span, style
 from atp_jax.analysis.tipping import against_controls
 
 PLAIN_WIDTH = 100  # columns where no terminal says how many it has
+_OWN_TABLES = {"threshold_game": games_tables, "tool_use": tools_report}
+_OWN_REPORTS = {"threshold_game": games_report, "tool_use": tools_report}
 
 
 def print_table(results: Mapping, console: Console | None = None) -> None:
@@ -21,8 +23,7 @@ def print_table(results: Mapping, console: Console | None = None) -> None:
     not on a terminal."""
     if console is None:
         console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    table = games_tables.results_table if results["testbed"] == "threshold_game" else tables.results_table
-    console.print(table(results, console.width))
+    console.print(_OWN_TABLES.get(results["testbed"], tables).results_table(results, console.width))
     for effect in against_controls(results["conditions"]):
         line = Text("\n change of ").append(effect["condition"], "bold").append(" minus change of ")
         line.append(effect["control"], "bold").append(": ").append(f"{points(effect)} points", style(effect))
@@ -41,8 +42,7 @@ def write_report(workdir: Path, results: Mapping, records: Mapping[str, Sequence
     """
     folder = Path(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    files = games_report.files if results["testbed"] == "threshold_game" else report.files
-    for name, data in files(results, records).items():
+    for name, data in _OWN_REPORTS.get(results["testbed"], report).files(results, records).items():
         partial = folder / f"{name}.partial"
         partial.write_bytes(data)
         partial.replace(folder / name)

@@ -29,7 +29,8 @@ def summarise_tools(
     - `direct`: the measured problems answered rightly when there was no tool.
     - `opportunity`: by round, the tool's use where the answer without it was wrong.
     - `net`: by round, `measured` and `experience`: reward less cost of a problem, on average.
-    - `change`: of `tool` and `correct` from the first round to the last, paired by episode.
+    - `change`: of `tool` and `correct` from the first round to the last, paired by episode; null
+      with fewer than two rounds.
 
     Shares have count, total, rate, ci95; means have mean, ci95.
     """
@@ -68,7 +69,9 @@ def summarise_tools(
             }
             for n in numbers
         ],
-        "change": {key: counted.change(places, episodes, measured, numbers, field) for key, field in FIELDS},
+        "change": {key: counted.change(places, episodes, measured, numbers, field) for key, field in FIELDS}
+        if len(numbers) > 1
+        else None,
     }
     return summarise(name, model, control, setting, records, seed) | {"tools": tools}
 
@@ -111,9 +114,7 @@ class _Counted:
         return {"mean": float(sums.sum() / n.sum()), "ci95": [float(end) for end in np.quantile(means, (0.025, 0.975))]}
 
     def change(self, places: Mapping, episodes: Mapping, measured: Mapping, numbers: Sequence[int], field: str):
-        """Of `field`, from the first round to the last, paired by episode; None with less than two rounds."""
-        if len(numbers) < 2:
-            return None
+        """Of `field`, from the first round to the last, paired by episode."""
         start, end = numbers[0], numbers[-1]
         after = dict(zip(episodes[end], measured[end], strict=True))
         pairs = [(before[field], after[e][field]) for before, e in zip(measured[start], episodes[start], strict=True)]
