@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from atp_jax.models import cache as caches
-from atp_jax.models.cache import KVCache
+from atp_jax.models.attention import ATTENDED, attend_behind, attend_causally
+from atp_jax.models.cache import KVCache, dot
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.lora import Lora, delta
 from atp_jax.models.rope import rotate
@@ -52,23 +53,28 @@ class Layers(nnx.Module):
         adapt: what an adapter adds to a projection, (its name, its input) -> delta; None without one."""
         eps, rope = self.config.rms_norm_eps, self.config.rope
         x = _rms_norm(x, self.input_norm, eps)
-        query = self._project("bth,hnd->btnd", x, "query", adapt)
-        key = self._project("bth,hnd->btnd", x, "key", adapt)
-        value = self._project("bth,hnd->btnd", x, "value", adapt)
+        query = self._project(x, "query", adapt)
+        key = self._project(x, "key", adapt)
+        value = self._project(x, "value", adapt)
         if self.config.qk_norm:
             query, key = _rms_norm(query, self.query_norm, eps), _rms_norm(key, self.key_norm, eps)
         return rotate(query, positions, rope), rotate(key, positions, rope), value
 
     def finish(self, x, attended, adapt=None):
         """The rest of a layer: x [B, T, H] and what its heads attended [B, T, N, D] -> [B, T, H]."""
-        x = x + self._project("btnd,ndh->bth", attended, "output", adapt)
+        x = x + self._project(attended, "output", adapt)
         y = _rms_norm(x, self.mlp_norm, self.config.rms_norm_eps)
-        gate = self._project("bth,hm->btm", y, "gate", adapt)
-        up = self._project("bth,hm->btm", y, "up", adapt)
-        return x + self._project("btm,mh->bth", jax.nn.silu(gate) * up, "down", adapt)
+        gate = self._project(y, "gate", adapt)
+        up = self._project(y, "up", adapt)
+        return x + self._project(jax.nn.silu(gate) * up, "down", adapt)
 
-    def _project(self, spec: str, x, name: str, adapt):
-        y = _dot(spec, x, getattr(self, name)[...], x.dtype)
+    def _project(self, x, name: str, adapt):
+        """x [B, T, *in] -> [B, T, *out]. As one product of two matrices: of anything else XLA on a CPU makes copies for
+        the gradient, turned round element by element, which take longer than the product."""
+        weight, taken = getattr(self, name)[...], x.ndim - 2
+        flat = x.reshape(x.shape[0] * x.shape[1], -1)
+        y = dot("xi,io->xo", flat, weight.reshape(flat.shape[1], -1), x.dtype)
+        y = y.reshape(*x.shape[:2], *weight.shape[taken:])
         bias = getattr(self, name + "_bias")
         y = y if bias is None else y + bias[...]
         return y if adapt is None else y + adapt(name, x)
@@ -93,8 +99,8 @@ class Decoder(nnx.Module):
         """Hidden states of whole rows, without a cache, for training and scoring.
 
         tokens int32 [B, T] padded on the right, lengths int32 [B] -> [B, T, H] after the last norm, 0 beyond a row's
-        length. remat: keep only each layer's input for the backward pass and compute the rest again. On a CPU that is
-        also faster (2.6 million parameters, B 16, T 768, 2 cores: 3.9 s and 0.6 GB a step, without 4.7 s and 2.3 GB).
+        length. remat: keep only each layer's input and what its heads attended for the backward pass, and compute the
+        rest again; else keep what every product gave as well, and compute only what lies between products again.
         lora, adapter: what the rows wear, see `_adapt`.
         """
         positions = jnp.arange(tokens.shape[1])[None]
@@ -182,7 +188,8 @@ class Decoder(nnx.Module):
     def head(self, hidden):
         """Logits float32 [..., V] of hidden states [..., H], accumulated in float32."""
         weight = self.embedding if self.lm_head is None else self.lm_head
-        return _dot("...h,vh->...v", hidden, weight[...], jnp.float32)
+        logits = dot("xh,vh->xv", hidden.reshape(-1, hidden.shape[-1]), weight[...], jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def _through(self, tokens, positions, attend, remat: bool, lora: Lora | None, adapter):
         """All layers over whole rows: tokens, positions [B, T] -> [B, T, H] after the last norm. attend: (query, key,
@@ -195,7 +202,11 @@ class Decoder(nnx.Module):
             query, key, value = one.projections(x, positions, adapt)
             return one.finish(x, attend(query, key, value), adapt), None
 
-        step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        policies = jax.checkpoint_policies
+        keep = policies.save_only_these_names(ATTENDED)
+        if not remat:
+            keep = policies.save_from_both_policies(keep, policies.dots_with_no_batch_dims_saveable)
+        step = jax.checkpoint(layer, prevent_cse=False, policy=keep)
         x, _ = jax.lax.scan(step, self._embed(tokens), (stacked, None if lora is None else (lora.a, lora.b)))
         return _rms_norm(x, self.norm, self.config.rms_norm_eps)
 
@@ -227,12 +238,6 @@ def _declare(config: DecoderConfig, rngs: nnx.Rngs, dtype, *, layers: bool):
     return tuple(lambda init=init, **sizes: make(init, sizes) for init in inits)
 
 
-def _dot(spec: str, a, b, dtype):
-    """einsum with float32 accumulation; float32 means float32 also where the hardware would rather use TF32 or bf16."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
-
-
 def _adapt(lora: Lora | None, adapter, worn):
     """What adds the adapters' part to a layer's projections. worn: this layer's (a, b). adapter: int32 [B], which of
     the adapters a row wears, -1 none; None: all rows wear the one there is."""
@@ -244,83 +249,3 @@ def _rms_norm(x, scale, eps: float):
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """(begin, end) of the blocks of queries that are attended at a time: 128 long, longer where it would be over 16."""
-    size = max(128, -(-length // 16))
-    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
-
-
-def _by_group(query, kv_heads: int):
-    """[B, T, N, D] -> [B, KV, N / KV, T, D]: query head n reads key head n // (N / KV)."""
-    rows, length, heads, size = query.shape
-    return query.reshape(rows, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
-
-
-def _by_position(attended):
-    """[B, KV, G, T, D] -> [B, T, KV * G, D]"""
-    rows, kv_heads, group, length, size = attended.shape
-    return attended.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * group, size)
-
-
-def _attend(query, key, value, allowed):
-    """softmax(q k^T / sqrt(D)) v, softmax in float32, divided by its sum at the end, where the array is smallest.
-
-    query [B, KV, G, T, D], key and value [B, KV, S, D], allowed bool [B or 1, T, S] -> [B, KV, G, T, D]. Every query
-    must be allowed at least one key. G and T are one axis for the products: with two XLA on a CPU takes 3 times longer.
-    """
-    rows, kv_heads, group, length, size = query.shape
-    merged = query.reshape(rows, kv_heads, group * length, size)
-    scores = _dot("bkxd,bksd->bkxs", merged, key, jnp.float32).reshape(rows, kv_heads, group, length, -1)
-    scores = jnp.where(allowed[:, None, None], scores * size**-0.5, -jnp.inf)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    merged = weights.astype(value.dtype).reshape(rows, kv_heads, group * length, -1)
-    attended = _dot("bkxs,bksd->bkxd", merged, value, jnp.float32).reshape(query.shape)
-    return (attended / weights.sum(-1, keepdims=True)).astype(value.dtype)
-
-
-def attend_causally(query, key, value):
-    """Each position attends to itself and to all before it. query [B, T, N, D], key and value [B, T, KV, D].
-
-    A block of queries at a time and only against the keys up to its end, so that half of the scores are never
-    computed; the backward pass computes a block's scores again instead of keeping them. Forward and backward on 2 CPU
-    cores, B 16, T 768, N 4, D 48: 423 ms with the whole [T, T] at once, 215 ms in blocks (lax.map over blocks, each
-    with all keys, takes longer than the whole).
-    """
-    attend = jax.checkpoint(_attend, prevent_cse=False)
-    query, key, value = _by_group(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    done = []
-    for begin, end in _blocks(query.shape[3]):
-        allowed = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
-        done.append(attend(query[:, :, :, begin:end], key[:, :, :end], value[:, :, :end], allowed[None]))
-    return _by_position(jnp.concatenate(done, axis=3))
-
-
-def attend_behind(query, key, value, width: int, before, group: int):
-    """The answers' part of `Decoder.before_answers`: each sees its prompt and, of its own, itself and what is before.
-
-    query [B, width + G C, N, D], key and value [B, width + G C, KV, D]: a row's prompt, padded to `width`, then its G
-    answers. before int32 [B]: how much of the prompt they see. -> [B, G C, N, D].
-    """
-    attend = jax.checkpoint(_attend, prevent_cse=False)
-    rows = len(query)
-
-    def one_a_row(x):
-        return x[:, width:].reshape(rows * group, -1, *x.shape[2:])
-
-    def asked(x):
-        return jnp.repeat(x[:, :width].swapaxes(1, 2), group, axis=0)
-
-    query, own = _by_group(one_a_row(query), key.shape[2]), [one_a_row(x).swapaxes(1, 2) for x in (key, value)]
-    count, prompt = query.shape[3], [asked(x) for x in (key, value)]
-    seen = jnp.repeat(jnp.arange(width) < before[:, None], group, axis=0)[:, None]
-    done = []
-    for begin, end in _blocks(count):
-        causal = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
-        shape = (rows * group, end - begin)
-        allowed = [jnp.broadcast_to(seen, (*shape, width)), jnp.broadcast_to(causal, (*shape, end))]
-        both = [jnp.concatenate([p, x[:, :, :end]], axis=2) for p, x in zip(prompt, own, strict=True)]
-        done.append(attend(query[:, :, :, begin:end], *both, jnp.concatenate(allowed, axis=2)))
-    attended = _by_position(jnp.concatenate(done, axis=3))
-    return attended.reshape(rows, group * count, *attended.shape[2:])
