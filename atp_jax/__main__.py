@@ -7,6 +7,7 @@
 --config.X  any setting of it, as in --config.evolve.rounds=10 or --config.data.items="(3, 5)"
 --workdir   where the run is kept: the same command again resumes it, or shows its result again
 --stages    which stages run, in place of those the config names
+--plan      shows what the run would need of its devices and does nothing; --plan=8xH100-80 on that many of that chip
 
 In several processes the same command is started once a process (a host, as a rule), in a directory that all see:
 
@@ -15,6 +16,9 @@ In several processes the same command is started once a process (a host, as a ru
 --process_id   which one this is, from 0                    (or JAX_PROCESS_ID, in Kubernetes JOB_COMPLETION_INDEX)
 
 Under srun of SLURM and on the hosts of a TPU slice these are found without being said.
+
+--tensorboard    metrics.jsonl as TensorBoard's files as well, in tensorboard/ of the workdir (package tensorboardX)
+--wandb=PROJECT  and as a run of Weights & Biases (package wandb)
 
 Exit status 0; 2 with one line on stderr for anything that you can mend; 1 where the program or a process failed.
 """
@@ -37,6 +41,7 @@ from ml_collections.config_flags import tuple_parser
 from atp_jax import experiment, processes, settings
 from atp_jax.errors import UserError
 from atp_jax.interrupt import Interrupted
+from atp_jax.mirror import mirror
 
 PROCESSES = ("coordinator", "processes", "process_id")
 
@@ -101,12 +106,15 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     return flag_values.config
 
 
-def parse(arguments: Sequence[str]) -> tuple[settings.Settings, Path]:
-    """The settings in force and the workdir. Raises UserError for anything wrong, having written nothing."""
+def parse(arguments: Sequence[str]) -> tuple[settings.Settings, Path, dict]:
+    """The settings in force, the workdir, and where metrics are shown besides. Raises UserError for anything wrong,
+    having written nothing."""
     flag_values = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file", flag_values=flag_values)
     flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=flag_values)
     flags.DEFINE_list("stages", None, "stages to run", flag_values=flag_values)
+    flags.DEFINE_bool("tensorboard", False, "metrics as TensorBoard's files as well", flag_values=flag_values)
+    flags.DEFINE_string("wandb", None, "project of Weights & Biases", flag_values=flag_values)
     for name in PROCESSES:
         flags.DEFINE_string(name, None, "see processes.py", flag_values=flag_values)
     try:
@@ -123,7 +131,8 @@ def parse(arguments: Sequence[str]) -> tuple[settings.Settings, Path]:
         if not any(flag_values.stages):
             raise UserError("--stages is empty: nothing would be done")
         chosen = dataclasses.replace(chosen, stages=tuple(flag_values.stages))
-    return settings.check_settings(chosen), Path(flag_values.workdir)
+    shown = {"tensorboard": flag_values.tensorboard, "wandb": flag_values.wandb}
+    return settings.check_settings(chosen), Path(flag_values.workdir), shown
 
 
 def keep_compilations() -> None:
@@ -150,9 +159,10 @@ def join(arguments: Sequence[str]) -> None:
 def attempt(arguments: Sequence[str]) -> tuple[int, str]:
     """The run itself: its exit status, and what is to be said on stderr."""
     try:
-        chosen, workdir = parse(arguments)
+        chosen, workdir, shown = parse(arguments)
         keep_compilations()
-        experiment.run(chosen, workdir)
+        with mirror(workdir, **shown, config=settings.flatten(chosen)):
+            experiment.run(chosen, workdir)
     except UserError as error:
         return 2, "error: " + " ".join(str(error).split())
     except Interrupted as stopped:
@@ -166,11 +176,28 @@ def attempt(arguments: Sequence[str]) -> tuple[int, str]:
     return 0, ""
 
 
+def show_plan(arguments: Sequence[str], said: str) -> int:
+    """`--plan=said`: what the run of the other arguments would need. Nothing is written, no accelerator asked."""
+    try:
+        chosen, *_ = parse([*arguments, "--workdir=."])
+        from atp_jax.plan import plan
+
+        print(plan(chosen, said))
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line (without the program's name) and return its exit status."""
     if any(argument in ("-h", "-help", "--help", "--helpfull") for argument in arguments):
         print(__doc__)
         return 0
+    plans = [argument for argument in arguments if re.fullmatch("--?plan(=.*)?", argument)]
+    if plans:
+        others = [argument for argument in arguments if argument not in plans]
+        return show_plan(others, plans[-1].partition("=")[2])
     try:
         join(arguments)
     except UserError as error:

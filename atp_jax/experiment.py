@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import jax
 from atp_jax import analysis, processes
 from atp_jax.errors import UserError
 from atp_jax.files import append, exists, mend, read_json, read_lines, write_json
+from atp_jax.interrupt import Interrupt, Interrupted
 from atp_jax.lab import Lab, aligned, open_lab
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
@@ -182,7 +184,8 @@ def _metrics(finished: Finished) -> dict:
 
 
 def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
-    """Live through every condition, then write `results.json`. Goes on from the last finished round."""
+    """Live through every condition, then write `results.json`. Goes on from the last finished round; SIGTERM
+    stops it after the round it is in."""
     bed = testbed(settings)
     scenarios = bed.scenarios(settings)
     # How the work is spread over devices and batches is no part of a condition, nor are another testbed's rules.
@@ -202,13 +205,17 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     looks = -(-settings.evolve.weights.updates // settings.evolve.weights.measure_every) + 1
     lasting = settings.evolve.rounds + 1 - bed.FIRST
     probed = []
-    with Progress(sum(looks if cell.mode == "weights" else lasting for cell in cells)) as progress:
+    total = sum(looks if cell.mode == "weights" else lasting for cell in cells)
+    with Interrupt(signal.SIGTERM) as interrupt, Progress(total) as progress:
 
         def on_round(finished: Finished) -> None:
             metrics = _metrics(finished)
             if not finished.read_back or (metrics["condition"], metrics["round"]) not in told:
                 append(metrics_file, [metrics])
             progress.advance(metrics)
+            if not finished.read_back and (asked := processes.first(interrupt.asked)):
+                where = f"round {metrics['round']} of {metrics['condition']}"
+                raise Interrupted(f"stopped by {asked} after {where}; the same command goes on from there")
 
         for name in models(settings):
             worn = deployed(lab, name, workdir)

@@ -8,17 +8,19 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """A context in which the first SIGTERM or Ctrl-C only sets `asked`, its name; a second one acts as it always does.
+    """A context in which the first of these signals (SIGTERM and Ctrl-C, unless others are named) only sets `asked`,
+    its name; a second one acts as it always does.
 
     For the main thread, as everything that handles signals.
     """
 
-    def __init__(self):
+    def __init__(self, *signals: signal.Signals):
         self.asked = ""
+        self._signals = signals or (signal.SIGTERM, signal.SIGINT)
         self._before = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._signals:
             before = signal.signal(number, self._ask)
             self._before[number] = signal.SIG_DFL if before is None else before  # None: not Python's
         return self

@@ -267,14 +267,19 @@ def connect(launch: Launch) -> None:
     }  # fmt: skip
     # JAX would take SIGTERM for itself; here it is heard by interrupt.py, and the others are told (`first`).
     jax.config.update("jax_enable_preemption_service", False)
+    where = f"{launch.count} processes at {launch.coordinator}" if launch.coordinator else "processes of this TPU"
+    # JAX itself would abort the process with a trace.
+    waited = threading.Timer(START, leave, (2, f"error: the {where} did not come together within {START} s"))
+    waited.start()
     try:
         jax.distributed.initialize(
-            **(named if launch.coordinator else {}), initialization_timeout=START, heartbeat_timeout_seconds=HEARTBEAT
-        )
+            **(named if launch.coordinator else {}), initialization_timeout=2 * START,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        said = str(error).partition("\n")[0]
-        where = launch.coordinator or "the TPU's hosts"
-        raise UserError(f"the processes did not come together within {START} s ({where}): {said}") from error
+        raise UserError(f"the {where} cannot join: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        waited.cancel()
     if jax.process_count() == 1:
         return
     host = launch.coordinator.rpartition(":")[0].strip("[]") or socket.gethostname()

@@ -180,6 +180,20 @@ def test_without_process_0_the_others_say_so_and_leave():
     assert statuses == [-signal.SIGKILL, 1] and errors[1].startswith(processes.died(0))
 
 
+NEVER = """
+import sys
+from atp_jax import processes
+processes.START = 3
+processes.connect(processes.find(sys.argv[1], "2", "1", {}))
+"""
+
+
+def test_processes_that_never_come_are_not_waited_for_forever():
+    """Only the second of two is started."""
+    statuses, errors = ended(start(1, NEVER))
+    assert statuses == [2] and errors[0].endswith("did not come together within 3 s\n")
+
+
 # A state of training on one mesh; what it holds does not depend on the mesh.
 STATE = """
 import os, sys
@@ -313,10 +327,15 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_one(group: list[subprocess.Popen], victim: int, workdir: Path, lines: int, delay: float) -> float | None:
-    """Kills a process `delay` seconds after the run has so many lines of metrics. -> the seconds after which the last
-    of the others had left; None where the run was over before."""
-    while lines_of(workdir / "metrics.jsonl") < lines and group[0].poll() is None:
+def kill_one(
+    group: list[subprocess.Popen], victim: int, workdir: Path, lines: int, delay: float, said: int
+) -> float | None:
+    """Kills a process `delay` seconds after the run has so many lines of metrics and all have come together. -> the
+    seconds after which the last of the others had left; None where the run was over before."""
+    while group[0].poll() is None:
+        joined = "sampling:" in workdir.with_suffix(".out0").read_text()[said:]
+        if joined and lines_of(workdir / "metrics.jsonl") >= lines:
+            break
         time.sleep(0.02)
     time.sleep(delay)
     if any(process.poll() is not None for process in group):
@@ -334,9 +353,11 @@ def killed_and_resumed(folder: Path, whole: Path, count: int, kills: int, seed: 
     draw, workdir, total, took = random.Random(seed), folder / f"killed{seed}", lines_of(whole / "metrics.jsonl"), []
     for number in range(kills):
         victim, lines, delay = draw.randrange(count), int(number * total / kills), draw.uniform(0, 3)
+        before = workdir.with_suffix(".out0")
+        said = len(before.read_text()) if before.exists() else 0
         group = run(folder, workdir, count, 1)
         try:
-            seconds = kill_one(group, victim, workdir, lines, delay)
+            seconds = kill_one(group, victim, workdir, lines, delay, said)
             if seconds is not None:
                 took.append(seconds)
                 statuses = [process.returncode for process in group]

@@ -25,6 +25,7 @@ from atp_jax.interrupt import Interrupt, Interrupted
 from atp_jax.model import Model
 from atp_jax.models import lora as adapters
 from atp_jax.parallel import fetch, named_sharding, put, row_shards
+from atp_jax.progress import Heartbeat
 from atp_jax.settings import AlignSettings
 
 
@@ -98,12 +99,18 @@ def train(
     looks: list[list] = []
 
     where = workdir / "checkpoints" / method.name
-    with Checkpoints(where, identity) as checkpoints, Interrupt() as interrupt, Compilations() as compilations:
+    with (
+        Checkpoints(where, identity) as checkpoints,
+        Interrupt() as interrupt,
+        Compilations() as compilations,
+        Heartbeat(method.name, method.steps, "steps") as heartbeat,
+    ):
         step, saved = 0, None
         if (found := checkpoints.latest(state)) is not None:
             step, state, extra = found
             saved, looks = step, extra["looks"]
             cut(metrics_file, extra["metrics"])
+        heartbeat.start(step)
 
         def save() -> None:
             nonlocal saved
@@ -153,6 +160,7 @@ def train(
             line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
             append(metrics_file, [line])
             say(line)
+            heartbeat.at(step)
             check_bad(state, settings.max_bad_steps)
             if step % settings.save_every == 0:
                 save()
