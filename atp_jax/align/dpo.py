@@ -31,7 +31,7 @@ class Dpo:
 
     def __init__(self, pairs: Sequence, given: Model, settings: DpoSettings, seed: int):
         self._settings, self._seed, self._pairs = settings, seed, len(pairs)
-        self._graphdef, _ = abstract(given.config)
+        self._graphdef, _ = abstract(given.config, mesh=given.mesh)
         self._rows = layout(pairs)
         self.steps = settings.epochs * -(-len(pairs) // settings.batch)
         self.optimiser = {
@@ -87,7 +87,7 @@ def layout(pairs: Sequence) -> dict[str, np.ndarray]:
 
 def score(model: Model, rows: dict[str, np.ndarray]) -> np.ndarray:
     """Log-probability of each answer of each row under a model: float32 [N, G]."""
-    graphdef, _ = abstract(model.config)
+    graphdef, _ = abstract(model.config, mesh=model.mesh)
 
     @jax.jit
     def sums(params, lora, *inputs):

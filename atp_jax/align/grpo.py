@@ -55,7 +55,7 @@ class Grpo:
             "learning_rate": settings.learning_rate, "schedule": settings.schedule, "warmup": settings.warmup,
         }  # fmt: skip
         self._draw, self._settings, self._longest = draw, settings, longest
-        self._graphdef, _ = abstract(given.config)
+        self._graphdef, _ = abstract(given.config, mesh=given.mesh)
         self._score = jax.jit(lambda params, lora, *inputs: self._logprobs(params, lora, inputs)[0])
         self._drawn = None
 

@@ -125,9 +125,11 @@ def appender(batch: int, past: int | None, mesh):
 
 def write(keys, values, key, value, positions):
     """One more position a row: key and value [B, KV, D] at positions [B], not written where that is not below S."""
-    every = jnp.arange(len(positions))
-    keys = keys.at[every, :, :, positions].set(key, mode="drop")
-    return keys, values.at[every, :, positions].set(value, mode="drop")
+    # Row by row, so that each device writes its own rows where they lie: with `at[every row, position]` each would
+    # gather the new keys and values of all rows, in every layer of every token.
+    put_key = jax.vmap(lambda row, new, at: row.at[:, :, at].set(new, mode="drop"))
+    put_value = jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))
+    return put_key(keys, key, positions), put_value(values, value, positions)
 
 
 def attend(query, keys, values, positions):

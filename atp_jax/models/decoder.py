@@ -17,6 +17,7 @@ from atp_jax.models.cache import KVCache, dot
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.lora import Lora, delta
 from atp_jax.models.rope import rotate
+from atp_jax.parallel import named_sharding, row_shards
 
 
 class Layers(nnx.Module):
@@ -86,9 +87,9 @@ class Decoder(nnx.Module):
     Every parameter carries the names of its logical axes (`axes`), from which `parallel.param_shardings` follows.
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, mesh=None):
         normal, ones, _ = _declare(config, rngs, dtype, layers=False)
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.embedding = normal(vocab=config.vocab_size, embed=config.hidden_size)
         self.layers = Layers(config, rngs=rngs, dtype=dtype)
         self.norm = ones(norm=config.hidden_size)
@@ -197,7 +198,7 @@ class Decoder(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x, slices):
-            params, worn = slices
+            (params, worn), x = slices, self._by_rows(x)
             one, adapt = nnx.merge(graph, params), _adapt(lora, adapter, worn)
             query, key, value = one.projections(x, positions, adapt)
             return one.finish(x, attend(query, key, value), adapt), None
@@ -210,14 +211,23 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(step, self._embed(tokens), (stacked, None if lora is None else (lora.a, lora.b)))
         return _rms_norm(x, self.norm, self.config.rms_norm_eps)
 
+    def _by_rows(self, x):
+        """x [B, ...], each row whole on the device that its place in the batch says. Where `fsdp` divides parameters
+        the compiler would else follow their slices, divide x by its features and have every device compute all rows."""
+        if self.mesh is None or len(x) % row_shards(self.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, "batch"))
+
     def _embed(self, tokens):
         # Clipped, so that padding of any value is harmless; whoever takes ids from outside checks them.
         return self.embedding[...].at[tokens].get(mode="clip")
 
 
-def abstract(config: DecoderConfig, dtype=jnp.float32):
-    """(graphdef, parameters as shapes and dtypes) of a decoder, computing and allocating nothing."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)))
+def abstract(config: DecoderConfig, dtype=jnp.float32, mesh=None):
+    """(graphdef, parameters as shapes and dtypes) of a decoder, computing and allocating nothing.
+
+    mesh: on which whole rows are computed, if it is known: each device then computes those that lie on it."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)))
 
 
 def _declare(config: DecoderConfig, rngs: nnx.Rngs, dtype, *, layers: bool):
