@@ -168,6 +168,11 @@ def _episodes_file(workdir: Path, condition: Condition) -> Path:
     return workdir / "evolve" / condition.name / "episodes.jsonl"
 
 
+def _length(record: dict) -> int:
+    """Tokens that were sampled for a record, in all its turns where it took several."""
+    return sum(len(turn["tokens"]) for turn in record.get("turns", [record]))
+
+
 def _metrics(finished: Finished) -> dict:
     decisions = [record["decision"] for record in finished.records if not record.get("fixed")]
     return {
@@ -178,7 +183,7 @@ def _metrics(finished: Finished) -> dict:
         "unparsed": decisions.count("unparsed"),
         "total": len(decisions),
         "cut_off": sum(record["finish"] == "length" for record in finished.records),
-        "tokens": 0 if finished.read_back else sum(len(record["tokens"]) for record in finished.records),
+        "tokens": 0 if finished.read_back else sum(map(_length, finished.records)),
         "seconds": round(finished.seconds, 3),
     }
 

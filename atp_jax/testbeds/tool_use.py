@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atp_jax import processes
 from atp_jax.answers import Grader
 from atp_jax.envs import tool_use as env
 from atp_jax.errors import UserError
@@ -210,7 +211,16 @@ class Lives:
         }  # fmt: skip
 
     def _run(self, call) -> str:
-        return f"Error: {call.error}" if call.code is None else self._sandbox.run(call.code).text
+        """What the tool gives back. Of several processes the first runs the code: what takes too long in one might not
+        in another, and all must go on with the same words."""
+        if call.code is None:
+            return f"Error: {call.error}"
+        return processes.share(lambda: self._sandbox.run(call.code).text.encode()).decode()
+
+    def _correct(self, attempt: words.Attempt) -> bool:
+        if attempt.said is None:
+            return False
+        return bool(processes.share(lambda: b"yes" if self._grader.same(attempt.said, attempt.problem.answer) else b""))
 
     def _pay(self, ended: Sequence[int]) -> None:
         """Pays for the problems that came to an end, and tells those who live by it what came of them."""
@@ -218,8 +228,7 @@ class Lives:
         flags = np.zeros((4, count), bool)  # complex, used tool, correct, present
         for row in ended:
             now = self._now[row]
-            correct = now.said is not None and self._grader.same(now.said, now.problem.answer)
-            flags[:, row] = now.problem.complex, now.used_tool, correct, True
+            flags[:, row] = now.problem.complex, now.used_tool, self._correct(now), True
         # What is measured is no part of a life's account.
         lived = flags.copy()
         lived[3] &= [not now.measured for now in self._now]
