@@ -129,15 +129,19 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
 
     compiled = None
 
-    def call(state: TrainState, fixed, batch):
+    def jitted(state: TrainState):
         # Left to itself the compiler lays the new state out anew: the second update would be another program, with
         # other roundings than the first one of a run that was resumed, and slices of `fsdp` would become whole.
         nonlocal compiled
         if compiled is None:
             lies = jax.tree.map(lambda x: x.sharding, state)
             compiled = jax.jit(update, donate_argnums=0, out_shardings=(lies, None, None))
-        return compiled(state, fixed, batch)
+        return compiled
 
+    def call(state: TrainState, fixed, batch):
+        return jitted(state)(state, fixed, batch)
+
+    call.jitted = jitted  # what a plan compiles, with shapes in place of arrays
     return call
 
 

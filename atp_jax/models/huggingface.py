@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -56,10 +57,14 @@ TENSORS = {
 }
 
 
-def resolve(path_or_hub_id: str | os.PathLike) -> Path:
+FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+
+
+def resolve(path_or_hub_id: str | os.PathLike, fetched: Sequence[str] = FETCHED) -> Path:
     """The directory of a model: itself when it is one, else what the hub holds under an id `organisation/name`.
 
-    Of the hub only JSON, safetensors and tokenizer files are fetched (into the hub's own cache). UserError otherwise.
+    Of the hub only JSON, safetensors and tokenizer files are fetched (into the hub's own cache), or of these what
+    `fetched` names. UserError otherwise.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -70,8 +75,7 @@ def resolve(path_or_hub_id: str | os.PathLike) -> Path:
     import huggingface_hub  # here, because a local model needs none of it
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(fetched)))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"model {name!r} is not a directory and cannot be had from the hub: {reason}") from error

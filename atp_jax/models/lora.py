@@ -119,15 +119,14 @@ def merge(params, lora: Lora):
     return nnx.from_flat_state([(path, one(path, variable)) for path, variable in nnx.to_flat_state(params)])
 
 
-def place(lora: Lora, mesh) -> Lora:
-    """On the mesh: A as its projection's inputs lie, B as its outputs, ranks everywhere."""
-
-    def side(values, which):
-        placed = {}
-        for name, array in values.items():
-            axes = ("layers", *TARGETS[name][0], "rank") if which == 0 else ("layers", "rank", *TARGETS[name][1])
-            placed[name] = put(array, named_sharding(mesh, *axes))
-        return placed
-
+def shardings(lora: Lora, mesh) -> Lora:
+    """Where an adapter lies: A as its projection's inputs, B as its outputs, ranks everywhere."""
     whole = named_sharding(mesh, "rank")
-    return Lora(side(lora.a, 0), side(lora.b, 1), put(lora.gain, whole), put(lora.owner, whole))
+    a = {name: named_sharding(mesh, "layers", *TARGETS[name][0], "rank") for name in lora.a}
+    b = {name: named_sharding(mesh, "layers", "rank", *TARGETS[name][1]) for name in lora.b}
+    return Lora(a, b, whole, whole)
+
+
+def place(lora: Lora, mesh) -> Lora:
+    """An adapter on the mesh."""
+    return jax.tree.map(put, lora, shardings(lora, mesh))
