@@ -228,6 +228,64 @@ def test_answers_end_where_the_context_ends(new_engine):
     assert [(len(answer.tokens), answer.finish) for answer in answers] == [(5, "length"), (1, "length"), (20, "length")]
 
 
+@contextlib.contextmanager
+def batches(monkeypatch):
+    """Collects (rows, cache positions) of every chunk that is decoded."""
+    seen = []
+
+    def spy(weights, state, *rest, **static):
+        seen.append((len(state.length), state.cache.values[0].shape[2]))
+        return original(weights, state, *rest, **static)
+
+    original = engines.decode_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "decode_chunk", spy)
+        yield seen
+
+
+def test_prompts_that_wait_for_a_free_row_are_answered_as_all_at_once(model, new_engine, monkeypatch):
+    """Six prompts through three rows; through as many as fit a memory in which a row must give way when the others'
+    caches grow, and comes back with what it had answered."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    config, _, params = model
+    prompts = text(16, 20, 41, 8, 33, 20, 5)
+    asked = [Sampling(max_new_tokens=new) for new in (3, 80, 12, 25, 60, 40)]  # their tails are long
+    at_once = new_engine().generate(prompts, asked, streams(*range(6)))
+    with batches(monkeypatch) as seen:
+        assert_same(new_engine().generate(prompts, asked, streams(*range(6)), rows=3), at_once)
+    assert {rows for rows, _ in seen} == {3}
+
+    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    engine = Engine(config, params, (), ONE, memory=int(5 * 64 * position / 0.6) + 1)
+    with batches(monkeypatch) as seen:
+        assert_same(engine.generate(prompts, asked, streams(*range(6))), at_once)
+    most = {64: 5, 96: 3, 128: 2}
+    assert all(rows <= most[size] for rows, size in seen) and {size for _, size in seen} == set(most), seen
+    engine.prefill(prompts, asked)
+    assert engine._state is None  # nothing is remembered of prompts that had to wait
+
+
+def test_a_batch_shrinks_to_the_rows_that_are_left(new_engine, monkeypatch):
+    """The tail is decoded in a smaller copy; what the next round continues is the whole batch, as it was."""
+    monkeypatch.setattr(engines, "FEWEST", 4)
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    prompts, asked = (
+        text(17, 20, 41, 8, 33, 20, 5, 12, 27, 30, 9),
+        [Sampling(max_new_tokens=70 if row == 3 else 6) for row in range(10)],
+    )
+    engine, whole = new_engine(), new_engine()
+    with batches(monkeypatch) as seen:
+        answers = engine.generate(prompts, asked, streams(*range(10)))
+    assert [rows for rows, _ in seen] == [10, 1, 1, 1, 1]
+    monkeypatch.setattr(engines, "FEWEST", 100)
+    assert_same(whole.generate(prompts, asked, streams(*range(10))), answers)
+    longer = [prompt + list(answer.tokens) + [1, 2] for prompt, answer in zip(prompts, answers, strict=True)]
+    with prefilled(monkeypatch) as counts:
+        again = engine.generate(longer, MIXED[0], streams(*range(10), round=2))
+    np.testing.assert_array_equal(np.sum(counts, axis=0), [len(answer.tokens) + 2 for answer in answers])
+    assert again == whole.generate(longer, MIXED[0], streams(*range(10), round=2))
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [

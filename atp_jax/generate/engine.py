@@ -26,7 +26,7 @@ from atp_jax.models.cache import KVCache, init_cache
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora
-from atp_jax.parallel import fetch, named_sharding, put, row_shards
+from atp_jax.parallel import fetch, named_sharding, put, row_shards, sampling_layout
 
 CHUNK = 64  # tokens decoded between two looks of the host
 SHRINK, FEWEST = 4, 16  # a batch of more than 16 rows shrinks when only a quarter of them is left
@@ -202,7 +202,6 @@ class Engine:
         """params: the parameters of a Decoder of this config, on this mesh. stop: ids that end an answer. lora: the
         adapters that its rows can wear. memory: bytes that caches may take on all devices together; None: any."""
         self.config = config
-        self.params, self.lora = params, lora
         self.stop = frozenset(stop)
         self.mesh = mesh
         self.memory = memory
@@ -212,7 +211,9 @@ class Engine:
         self._prompts: list[list[int]] = []  # what the rows of the state hold
         self._worn: list[int] = []  # and the adapters they wore
         self._state: State | None = None
-        self.spent: collections.Counter = collections.Counter()  # seconds of `generate`: "prefill" and "decode"
+        # Seconds of `generate`, "prefill" and "decode", and of changes of "layout" (parallel.py).
+        self.spent: collections.Counter = collections.Counter()
+        self.load(params, lora)
 
     def forget(self) -> None:
         """The next batch starts anew."""
@@ -220,7 +221,8 @@ class Engine:
 
     def load(self, params, lora: Lora | None) -> None:
         """Other weights of the same shapes from now on; nothing is remembered, nothing compiled anew."""
-        self.params, self.lora = params, lora
+        (self.params, self.lora), seconds = sampling_layout((params, lora), self.mesh)
+        self.spent["layout"] += seconds
         self.forget()
 
     def prefill(
@@ -327,7 +329,7 @@ class Engine:
         want = self._rows(want)
         if state is None:
             return empty_state(self.config, want, size, self._dtype, self.mesh), [-1] * want
-        if want >= 2 * have or len(alive) > most or (have > FEWEST and want * SHRINK <= have):
+        if want >= 2 * have or want < have > most or (have > FEWEST and want * SHRINK <= have):
             places = [row for row, one in enumerate(held) if one >= 0]
             source = np.zeros(want, np.int32)
             source[: len(places)] = places

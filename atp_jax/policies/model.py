@@ -1,6 +1,6 @@
 """The policy that is a language model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
@@ -13,11 +13,12 @@ class ModelPolicy:
     """Answers requests by sampling from a model.
 
     seed: of the run; with the address of a request (condition, episode, agent, round) it fixes the answer. thinking:
-    passed to the chat template, unless None. rows: at most so many requests are answered together (None: all).
+    passed to the chat template, unless None. rows: at most so many requests are answered at a time (None: all); the
+    others wait until a row is free.
 
-    While all requests fit one batch and the same episodes come round after round, what the model has read in one round
-    is kept for the next. Round 1 starts anew, so what is kept depends on the rounds of these episodes alone, and a run
-    that was interrupted goes on as if it had not been.
+    While all requests are answered at a time and the same episodes come round after round, what the model has read in
+    one round is kept for the next. Round 1 starts anew, so what is kept depends on the rounds of these episodes alone,
+    and a run that was interrupted goes on as if it had not been.
     """
 
     def __init__(
@@ -37,26 +38,22 @@ class ModelPolicy:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. UserError names the request whose prompt fills the model's context."""
         prompts = [self._encode(request) for request in requests]
-        answers = []
-        for batch in self._batches(requests):
-            self._turn_to(requests[batch])
-            streams = [(self._seed, *r.stream) for r in requests[batch]]
-            drawn = self._engine.generate(prompts[batch], self._sampling, streams, _adapters(requests[batch]))
-            for prompt, sampled in zip(prompts[batch], drawn, strict=True):
-                answers.append(
-                    Answer(
-                        self._chat.decode(sampled.tokens), sampled.tokens, sampled.finish, sum(sampled.logprobs),
-                        tuple(prompt), sampled.logprobs,
-                    )
-                )  # fmt: skip
-        return answers
+        self._turn_to(requests)
+        streams = [(self._seed, *r.stream) for r in requests]
+        drawn = self._engine.generate(prompts, self._sampling, streams, _adapters(requests), self._rows)
+        return [
+            Answer(
+                self._chat.decode(sampled.tokens), sampled.tokens, sampled.finish, sum(sampled.logprobs),
+                tuple(prompt), sampled.logprobs,
+            )
+            for prompt, sampled in zip(prompts, drawn, strict=True)
+        ]  # fmt: skip
 
     def recall(self, requests: Sequence[Request]) -> None:
         """Reads what was asked, as `answer` would, without answering."""
-        if len(list(self._batches(requests))) == 1:
-            self._turn_to(requests)
-            prompts = [self._encode(request) for request in requests]
-            self._engine.prefill(prompts, self._sampling, _adapters(requests))
+        self._turn_to(requests)
+        prompts = [self._encode(request) for request in requests]
+        self._engine.prefill(prompts, self._sampling, _adapters(requests), self._rows)
 
     def load(self, params, lora) -> None:
         """Other weights from now on (of the same shapes); nothing of what was read before is kept."""
@@ -71,10 +68,6 @@ class ModelPolicy:
                 f"tokens, the model's context is {self._context}; a smaller evolve.window makes prompts shorter"
             )
         return ids
-
-    def _batches(self, requests: Sequence[Request]) -> Iterator[slice]:
-        step = self._rows or len(requests) or 1
-        return (slice(begin, begin + step) for begin in range(0, len(requests), step))
 
     def _turn_to(self, requests: Sequence[Request]) -> None:
         """Keeps what the engine remembers only if it is of these very episodes, and not of an earlier run of them."""
