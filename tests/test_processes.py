@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_run
 
@@ -380,3 +381,53 @@ def killed_and_resumed(folder: Path, whole: Path, count: int, kills: int, seed: 
     for path in whole.glob("evolve/*/episodes.jsonl"):
         assert (workdir / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
     return took
+
+
+@pytest.mark.slow
+def test_a_process_killed_anywhere_ends_the_others_and_the_resumed_run_ends_the_same(tmp_path):
+    """Every stage of the quickstart in two processes; and what one process with two devices gives is the same."""
+    write_config(tmp_path)
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    for workdir, count, devices in ((whole, 2, 1), (alone, 1, 2)):
+        statuses = [process.wait() for process in run(tmp_path, workdir, count, devices)]
+        assert statuses == [0] * count, workdir.with_suffix(".err0").read_text()
+    assert workdir.with_suffix(".out0").read_text() and not whole.with_suffix(".err1").read_text()
+    assert same(*(json.loads((workdir / "results.json").read_text()) for workdir in (whole, alone)))
+    assert len(killed_and_resumed(tmp_path, whole, 2, 3, seed=1)) >= 2
+
+
+MESHES = ([-1, 1, 1], [1, -1, 1], [-1, 1, 2], [2, 2, 2])
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_what_one_device_gives(tmp_path):
+    """8 devices of one process, and 4 processes with 2 each: logits, sampled tokens, losses and updated weights of DPO
+    and GRPO, with adapters and all weights, both architectures.
+
+    Adam divides a gradient by its own size, so where it is nothing but rounding the update is anything up to the
+    learning rate: of all weights, a thousandth may be further away than 1e-5, but not further than two steps of 1e-3.
+    """
+    names = json.dumps(["qwen3", "llama31"])
+    for out, sizes, count, devices in (("one", [None, *MESHES], 1, 8), ("four", list(MESHES), 4, 2)):
+        address = f"127.0.0.1:{free_port()}"
+        group = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "sharded.py"), str(tmp_path / out), names, json.dumps(sizes)]
+                + ([address, str(count), str(place)] if count > 1 else []),
+                env=environment(devices), stderr=subprocess.PIPE, text=True,
+            )
+            for place in range(count)
+        ]  # fmt: skip
+        said = [process.communicate()[1] for process in group]
+        assert [process.returncode for process in group] == [0] * count, said
+    alone = dict(np.load(tmp_path / "one-0.npz"))
+    for path in (*tmp_path.glob("one-[1-9].npz"), *tmp_path.glob("four-*.npz")):
+        found = np.load(path)
+        for name, expected in alone.items():
+            if name.endswith("tokens"):
+                np.testing.assert_array_equal(found[name], expected, err_msg=f"{path.name}: {name}")
+            elif name.endswith("full weights"):
+                apart = np.abs(found[name] - expected)
+                assert np.quantile(apart, 0.999) <= 1e-5 and apart.max() <= 2e-3, (path.name, name)
+            else:
+                np.testing.assert_allclose(found[name], expected, atol=1e-5, rtol=0, err_msg=f"{path.name}: {name}")
