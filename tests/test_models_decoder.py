@@ -12,8 +12,8 @@ import small_models
 from flax import nnx
 from hypothesis import given
 
+from atp_jax.models import attention
 from atp_jax.models import cache as caches
-from atp_jax.models import decoder as decoders
 from atp_jax.models.cache import init_cache
 from atp_jax.models.decoder import Decoder, abstract
 
@@ -177,7 +177,7 @@ def test_attention_in_blocks_equals_all_at_once():
     """Two blocks, the second not full; large scores, so that a missing maximum would overflow."""
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(2, 150, n, 6)).astype(np.float32) for n in (4, 2, 2))
-    got = decoders.attend_causally(20 * query, key, value)
+    got = attention.attend_causally(20 * query, key, value)
     expected = attend_at_once(20 * query, key, value, np.tile(np.arange(150), (2, 1)))
     chex.assert_trees_all_close(got, expected, atol=2e-5, rtol=0)
 
@@ -191,7 +191,7 @@ def test_gradients_of_attention_in_blocks_are_those_of_the_formula():
         return jax.jit(jax.grad(lambda *arrays: jnp.sum(jnp.sin(attend(*arrays))), argnums=(0, 1, 2)))(*args)
 
     plain = gradients(lambda *arrays: jax.nn.dot_product_attention(*arrays, is_causal=True))
-    chex.assert_trees_all_close(gradients(decoders.attend_causally), plain, atol=2e-5, rtol=1e-4)
+    chex.assert_trees_all_close(gradients(attention.attend_causally), plain, atol=2e-5, rtol=1e-4)
 
 
 def test_attention_to_a_cache_equals_all_at_once():
@@ -221,6 +221,6 @@ def test_attention_to_a_cache_equals_all_at_once():
 
 @given(st.integers(1, 50_000))
 def test_blocks_cover_every_query_once_and_are_few(length):
-    blocks = decoders._blocks(length)
+    blocks = attention._blocks(length)
     assert [begin for begin, _ in blocks] == [0, *(end for _, end in blocks[:-1])] and blocks[-1][1] == length
     assert len(blocks) <= 16 and all(begin < end for begin, end in blocks)
