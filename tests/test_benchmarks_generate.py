@@ -1,0 +1,43 @@
+"""The benchmarks of generation and role-play say what they measured; how fast that is depends on the machine."""
+
+import jax
+import pytest
+
+from atp_jax.benchmarks import generate, role_play
+from atp_jax.errors import UserError
+from atp_jax.model import load_model
+
+
+def test_the_test_model_is_what_the_benchmarks_are_about(tmp_path):
+    """Its size, and a tokenizer that is the organism's for all text and has a spelling for every id."""
+    generate.make_test_model(tmp_path / "model")
+    model, organism = load_model(tmp_path / "model"), load_model()
+    layer = 256 * (8 + 4 + 4 + 8) * 32 + 3 * 256 * 768 + 2 * 256 + 2 * 32  # attention, MLP, norms
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == 4096 * 256 + 8 * layer + 256
+    assert len(model.tokenizer) == model.config.vocab_size == 4096
+    text = "Choose one of the two routes."
+    assert model.tokenizer.encode(text) == organism.tokenizer.encode(text)
+    assert model.decode([4000]) == "<unused4000>"
+    with pytest.raises(UserError, match="exists already"):
+        generate.make_test_model(tmp_path / "model")
+
+
+def test_what_must_be_read():
+    """The organism is tied: all weights for every token, and keys and values of 4 layers of 2 heads of 48."""
+    model = load_model()
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    assert generate.must_read(model, rows=3, length=10, new=2) == 4 * (2 * weights + 3 * (10 + 11) * 2 * 4 * 2 * 48)
+
+
+def test_both_measure_every_phase():
+    model = load_model()
+    result = generate.measure(model, rows=2, prompt=20, new=3, repeats=1)
+    assert result["seconds"] > 0 and result["prefill_s"] > 0 and result["decode_s"] > 0
+    assert (result["batch"], result["prompt"], result["new"]) == (2, 20, 3)
+    result = role_play.measure(model, "", items=2, rounds=2, new=3, peer=None, each=False)
+    assert [one["round"] for one in result["by_round"]] == [1, 2]
+    for one in result["by_round"]:
+        assert one["prefill_s"] > 0 and one["decode_s"] > 0
+        assert one["seconds"] == pytest.approx(one["prefill_s"] + one["decode_s"] + one["host_s"], abs=2e-3)
+    with pytest.raises(UserError, match="--items=1000"):
+        role_play.measure(model, "", items=1000, rounds=1, new=1, peer=None, each=False)
