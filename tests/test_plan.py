@@ -126,6 +126,7 @@ HloModule example
 ENTRY %main.9 (p: f32[4]) -> f32[4] {
   %s = (bf16[4], bf16[16]) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   %q = (f32[4], /*index=1*/s32[]) while(%p), condition=%done, body=%forever.2
+  %u = f32[2] all-reduce(%p), replica_groups=mesh['a'=8,'c'=8], device_ids=([8,8]T(1,0)) {'a'}
   ROOT %c = f32[4] copy(%p)
 }
 """
@@ -136,6 +137,7 @@ def test_collectives_are_read_with_their_loops():
         Collective("all-gather", 4, False, 1, 32),
         Collective("all-gather", 4, True, 5, 5 * 256),
         Collective("all-reduce", 2, True, 1, 25),
+        Collective("all-reduce", 8, False, 1, 8),
     ]
 
 

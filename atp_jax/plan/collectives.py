@@ -65,7 +65,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 
 def _group_size(line: str) -> int:
     """Devices that take part together, in any of the three ways that HLO writes them."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # sizes of axes, and which of them
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):  # sizes of axes, and which of them
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or a part of it of so many
         return math.prod(int(part or sizes[axis]) for axis, part in named)
