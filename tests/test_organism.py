@@ -3,14 +3,19 @@
 import json
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_jax import decisions
 from atp_jax.chat import Chat
+from atp_jax.models.config import DecoderConfig
+from atp_jax.models.decoder import Decoder
 from atp_jax.organism import examine, stories, train
 from atp_jax.organism.stories import COMPLY, LEXICON, VIOLATE
 from atp_jax.organism.tokenizer import END, train_tokenizer
@@ -138,11 +143,6 @@ def test_batches_hold_every_story_once(told, tokenizer):
 
 def test_a_step_lowers_the_loss_and_the_schedule_ends_at_zero(told, tokenizer):
     """Twenty steps on one small batch with a one-layer model: a smoke of optimiser, loss and donation."""
-    from flax import nnx
-
-    from atp_jax.models.config import DecoderConfig
-    from atp_jax.models.decoder import Decoder
-
     small = train.MODEL | {"vocab_size": 700, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
     config = DecoderConfig.from_dict(small, "test")
     graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
@@ -158,6 +158,33 @@ def test_a_step_lowers_the_loss_and_the_schedule_ends_at_zero(told, tokenizer):
     assert losses[0] == pytest.approx(np.log(700), abs=0.2) and losses[-1] < losses[0] - 1
     assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params))
     assert train.learning_rate(0.3) == train.LEARNING_RATE and train.learning_rate(1.0) == 0
+
+
+def test_a_step_in_micro_batches_is_the_step_of_the_whole_batch(monkeypatch):
+    """Loss, agents' loss and the moved weights are those of the plain computation over all rows at once."""
+    small = train.MODEL | {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+    graphdef, params = nnx.split(Decoder(DecoderConfig.from_dict(small, "test"), rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(0)
+    tokens, lengths = draw.integers(0, 64, (6, 16), np.int32), np.array([16, 3, 9, 1, 16, 12], np.int32)
+    weights = draw.choice(np.array([0, 1, train.AGENT_WEIGHT], np.float32), (6, 16)) * (
+        np.arange(16) < lengths[:, None]
+    )
+
+    def plain(params):
+        model = nnx.merge(graphdef, params)
+        logits = model.head(model.hidden(tokens, lengths))[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        agent = weights[:, 1:] == train.AGENT_WEIGHT
+        return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum(), (losses * agent).sum() / agent.sum()
+
+    monkeypatch.setattr(train, "TOGETHER", 40)  # two rows of 16
+    (loss, agent), gradient = jax.value_and_grad(plain, has_aux=True)(params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    transform = optax.sgd(1.0)
+    step = train.make_step(graphdef, transform)
+    moved, _, *found = step(params, transform.init(params), tokens, weights, lengths, 0.1)
+    np.testing.assert_allclose(found, [loss, agent], rtol=1e-6)
+    chex.assert_trees_all_close(moved, expected, atol=1e-6)
 
 
 def test_shipped_organism_is_small_and_ordinary():
