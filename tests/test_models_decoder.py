@@ -194,7 +194,8 @@ def test_gradients_of_attention_in_blocks_are_those_of_the_formula():
     chex.assert_trees_all_close(gradients(attention.attend_causally), plain, atol=2e-5, rtol=1e-4)
 
 
-def test_attention_to_a_cache_equals_all_at_once():
+@pytest.mark.parametrize("append", [caches.append_and_attend, caches.append_and_attend_at_once])
+def test_attention_to_a_cache_equals_all_at_once(append):
     """What is new is written and seen, of rows in any order among others, in two blocks of queries; large scores here,
     too, and the longest row sees the last position of the cache. A line of no row changes nothing."""
     rng = np.random.default_rng(1)
@@ -207,9 +208,7 @@ def test_attention_to_a_cache_equals_all_at_once():
     before = [array.copy() for array in held]
     expected = attend_at_once(query[:2], keys, values, positions)
     for past in (None, 30, 64):
-        got, *held = jax.jit(caches.append_and_attend, static_argnames="past")(
-            query, *new, *before, rows, start, past=past
-        )
+        got, *held = jax.jit(append, static_argnames="past")(query, *new, *before, rows, start, past=past)
         chex.assert_trees_all_close(got[:2], expected, atol=1e-4, rtol=0)
         np.testing.assert_array_equal(held[0][1], keys[1].transpose(1, 2, 0))
         np.testing.assert_array_equal(held[1][3, :, :130], values[0, :130].swapaxes(0, 1))

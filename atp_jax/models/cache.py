@@ -78,6 +78,29 @@ def append_and_attend(query, key, value, keys, values, rows, start, *, past: int
     return jax.lax.fori_loop(0, jnp.sum(rows < batch), one_row, (query, keys, values))
 
 
+def append_and_attend_at_once(query, key, value, keys, values, rows, start, *, past: int | None = None):
+    """The same as `append_and_attend` with all lines and heads in one product: what an accelerator wants, for which a
+    product for each row and head is too small. The lines' rows are copied out of the cache."""
+    (lines, width, heads, dim), (batch, kv_heads, _, size) = query.shape, keys.shape
+    seen = min((size if past is None else past) + width, size)
+    positions = start[:, None] + jnp.arange(width)
+    keys = keys.at[rows[:, None], :, :, positions].set(key.astype(keys.dtype), mode="drop")
+    values = values.at[rows[:, None], :, positions].set(value.astype(values.dtype), mode="drop")
+    held_keys = keys[:, :, :, :seen].at[rows].get(mode="clip")
+    held_values = values[:, :, :seen].at[rows].get(mode="clip")
+    query = query.reshape(lines, width, kv_heads, heads // kv_heads, dim)
+    done = []
+    for begin in range(0, width, 128):  # bounds the memory of the scores
+        block, allowed = query[:, begin : begin + 128], positions[:, begin : begin + 128, None]
+        scores = dot("rtkgd,rkds->rkgts", block, held_keys, jnp.float32) * dim**-0.5
+        scores = jnp.where((jnp.arange(seen) <= allowed)[:, None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        attended = dot("rkgts,rksd->rtkgd", weights.astype(values.dtype), held_values, jnp.float32)
+        total = weights.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
+        done.append((attended / total).astype(values.dtype).reshape(lines, -1, heads, dim))
+    return jnp.concatenate(done, axis=1), keys, values
+
+
 def _attend_head(query, keys, values, allowed):
     """query [G, T, D], keys [D, S], values [S, D], allowed [T, S] -> [G, T, D]: one head of one row."""
     group, length, size = query.shape
@@ -104,9 +127,11 @@ def _put_in(cache, new, row, first, axis: int):
 
 
 def appender(batch: int, past: int | None, mesh):
-    """`append_and_attend` for rows that lie over the batch axes of a mesh (None: one device), heads over its tensor
-    axis: each device goes through the lines of its own rows. batch: rows altogether."""
-    append = functools.partial(append_and_attend, past=past)
+    """What appends on this mesh's devices (None: one device): `append_and_attend` on CPUs, else all at once. Rows lie
+    over the batch axes of the mesh, heads over its tensor axis, and each device goes through the lines of its own rows.
+    batch: rows altogether."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    append = functools.partial(append_and_attend if platform == "cpu" else append_and_attend_at_once, past=past)
     if mesh is None:
         return append
 
