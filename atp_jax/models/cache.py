@@ -81,7 +81,7 @@ def append_and_attend(query, key, value, keys, values, rows, start, *, past: int
 def append_and_attend_at_once(query, key, value, keys, values, rows, start, *, past: int | None = None):
     """The same as `append_and_attend` with all lines and heads in one product: what an accelerator wants, for which a
     product for each row and head is too small. The lines' rows are copied out of the cache."""
-    (lines, width, heads, dim), (batch, kv_heads, _, size) = query.shape, keys.shape
+    (lines, width, heads, dim), (_, kv_heads, _, size) = query.shape, keys.shape
     seen = min((size if past is None else past) + width, size)
     positions = start[:, None] + jnp.arange(width)
     keys = keys.at[rows[:, None], :, :, positions].set(key.astype(keys.dtype), mode="drop")
