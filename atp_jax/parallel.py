@@ -122,6 +122,19 @@ def _gather(whole: NamedSharding):
     return jax.jit(lambda x: x, out_shardings=whole)
 
 
+def spare_memory(held, mesh: Mesh) -> int | None:
+    """Bytes that all devices of a mesh together have beside a tree of arrays that lies on them, a sixth of each left
+    aside for what is computed; None where a device does not say what it has (a CPU).
+
+    What a device has, not what is free at the moment: the same again when a run is resumed.
+    """
+    said = mesh.local_devices[0].memory_stats() or {}
+    if "bytes_limit" not in said:
+        return None
+    taken = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(held))
+    return mesh.size * max(said["bytes_limit"] * 5 // 6 - taken, 0)
+
+
 def row_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -37,7 +37,6 @@ def get_config(arg=""):
         config.sampling.max_new_tokens = 256
     else:
         config.policy.dtype = "bfloat16"
-        config.policy.rows = 8  # answers may be long: eight at a time fit one accelerator of 80 GB
         config.sampling.max_new_tokens = 32768
     if family == "qwen3_8b":  # its own generation_config.json, thinking as its template does by itself
         config.policy.model = "Qwen/Qwen3-8B"

@@ -47,7 +47,6 @@ def get_config(arg=""):
     config.evolve.rounds = 3
     config.evolve.samples = 1
     config.policy.dtype = "bfloat16"
-    config.policy.rows = 8
     config.sampling.max_new_tokens = 32768
     if family == "qwen3_8b":
         config.policy.model = "Qwen/Qwen3-8B"

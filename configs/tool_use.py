@@ -32,7 +32,6 @@ def get_config(arg=""):
         config.policy.rows = 1024
         return config
     config.policy.dtype = "bfloat16"
-    config.policy.rows = 16
     config.sampling.temperature = 0.0
     config.sampling.max_new_tokens = 32768
     simple, hard = config.tool.simple, config.tool.complex

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -102,3 +103,18 @@ def test_eight_devices_compute_what_one_does():
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "the same on 8 devices" in done.stdout, done.stderr
+
+
+def test_caches_may_take_what_the_weights_leave():
+    """Five sixths of each device less what lies on it, on all together; never below 0, and no bound where none is known
+    (the CPU of these tests)."""
+
+    def mesh(limit):
+        device = SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit, "bytes_in_use": 7})
+        return SimpleNamespace(local_devices=[device] * 2, size=4)
+
+    held = {"one": jax.numpy.zeros((5, 5)), "two": jax.numpy.zeros(50, jax.numpy.bfloat16)}  # 100 bytes each
+    assert parallel.spare_memory(held, mesh(600)) == 4 * (500 - 200)
+    assert parallel.spare_memory(held, mesh(120)) == 0
+    assert parallel.spare_memory(held, mesh(None)) is None
+    assert parallel.spare_memory(held, parallel.make_mesh(devices=jax.devices()[:1])) is None

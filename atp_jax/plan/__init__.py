@@ -282,6 +282,8 @@ def plan(settings: Settings, said: str) -> str:
         for known in (chip,) if chip else CHIPS:
             free = USABLE * known.memory - stage.total
             fit = "fits" if free >= 0 else "DOES NOT FIT"
+            if free < 0 and "rows" in stage.fits and stage.fits["rows"](free):
+                fit = "fits, some rows wait"  # the engine takes as many at a time as there is memory for
             most = ", ".join(f"{setting} up to {most(free):,}" for setting, most in stage.fits.items())
             rates = ", ".join(
                 f"{step.name.split(': ')[-1]} {step.tokens / step.seconds(known):,.0f} tokens/s" for step in stage.steps
