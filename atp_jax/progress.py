@@ -52,10 +52,10 @@ class Heartbeat:
         self.what, self.total, self.units = what, total, units
         self._over, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
         self._first = self._done = 0
-        self._began = self._last = time.monotonic()
+        self._began = time.monotonic()
 
     def __enter__(self) -> "Heartbeat":
-        self._began = self._last = time.monotonic()
+        self._began = time.monotonic()
         if processes.leads() and not sys.stderr.isatty():
             self._thread.start()
         return self
@@ -69,14 +69,14 @@ class Heartbeat:
 
     def at(self, done: int) -> None:
         """So many are done now."""
-        self._done, self._last = done, time.monotonic()
+        self._done = done
 
     def line(self, now: float) -> str:
         """What is said at a time of `time.monotonic`."""
         text = f"{self.what}: {self._done} of {self.total} {self.units} after {span(now - self._began)}"
         if made := self._done - self._first:
-            left = (self._last - self._began) / made * (self.total - self._done) - (now - self._last)
-            text += f", at most about {span(max(left, 0))} left"
+            # Counted with what is under way, so that a slow round makes it longer and never 0.
+            text += f", about {span((now - self._began) / made * (self.total - self._done))} left"
         return text
 
     def _beat(self) -> None:

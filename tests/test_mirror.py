@@ -110,9 +110,10 @@ def test_a_span_of_time_in_words(seconds, said):
 def test_a_heartbeat_says_how_far_and_how_long_by_the_pace_since_the_start():
     beat = progress.Heartbeat("grpo", 60, "steps")
     beat.start(20)
-    beat._began = beat._last = 1000.0
+    beat._began = 1000.0
     assert beat.line(1030.0) == "grpo: 20 of 60 steps after 30 s"
-    beat._done, beat._last = 30, 1100.0  # ten steps in 100 s, none for 20 s since
-    assert beat.line(1120.0) == "grpo: 30 of 60 steps after 2 min, at most about 5 min left"
-    beat._done, beat._last = 60, 1400.0
-    assert beat.line(1400.0).endswith("at most about 0 s left")
+    beat.at(30)
+    assert beat.line(1120.0) == "grpo: 30 of 60 steps after 2 min, about 6 min left"
+    assert beat.line(1300.0).endswith(", about 15 min left")  # nothing since: the pace was slower than it seemed
+    beat.at(60)
+    assert beat.line(1400.0).endswith(", about 0 s left")
