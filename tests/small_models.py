@@ -34,10 +34,10 @@ def logits(graphdef, params, tokens, lengths):
     return decoder.head(decoder.hidden(tokens, lengths))
 
 
-@jax.jit(static_argnums=0)
-def extend(graphdef, params, tokens, start, cache):
+@jax.jit(static_argnums=(0, 5))
+def extend(graphdef, params, tokens, start, cache, mesh=None):
     """Hidden states [B, T, H] of what continues the cache, and the new cache."""
-    return nnx.merge(graphdef, params).extend(tokens, start, cache)
+    return nnx.merge(graphdef, params).extend(tokens, start, cache, mesh=mesh)
 
 
 @jax.jit(static_argnums=0)

@@ -64,7 +64,8 @@ import small_models
 from atp_jax import parallel
 from atp_jax.errors import UserError
 from atp_jax.models import huggingface
-from atp_jax.models.decoder import abstract, init_cache
+from atp_jax.models.cache import init_cache
+from atp_jax.models.decoder import abstract
 
 assert jax.device_count() == 8
 directory = small_models.FIXTURES / "qwen3"
@@ -86,8 +87,8 @@ for sizes in ((-1, 1, 1), (2, -1, 2)):
 
     where = parallel.named_sharding(mesh, "batch", "kv_heads", "length", "head_dim")
     cache = jax.device_put(init_cache(config, 8, 48), where)
-    first, cache = small_models.extend(graphdef, params, new[:, :8], jnp.zeros_like(length), cache)
-    second, cache = small_models.extend(graphdef, params, new[:, 8:], jnp.full_like(length, 8), cache)
+    first, cache = small_models.extend(graphdef, params, new[:, :8], jnp.zeros_like(length), cache, mesh)
+    second, cache = small_models.extend(graphdef, params, new[:, 8:], jnp.full_like(length, 8), cache, mesh)
     hidden = small_models.hidden(graphdef, params, new, jnp.full_like(length, 40))
     chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), hidden, atol=1e-5, rtol=0)
 
