@@ -17,32 +17,32 @@ NEVER = -1e30  # the score of what may not be seen: exp gives 0, and nothing is 
 
 @jax.custom_vjp
 def attend(query, key, value, allowed):
-    """softmax(q k^T / sqrt(D)) v, softmax in float32, and the logarithm of the softmax's denominator.
+    """softmax(q k^T / sqrt(D)) v, softmax in float32, divided by its sum at the end, where the array is smallest.
 
-    query [B, KV, X, D], key and value [B, KV, S, D], allowed bool, broadcast to [B, X, S] -> ([B, KV, X, D], float32
-    [B, KV, X]). A query that may see nothing gets a logarithm of about -1e30, so that `merge` gives it no weight. The
-    backward pass computes the scores again (FlashAttention, arXiv 2205.14135) and needs neither maximum nor sum.
+    query [B, KV, X, D], key and value [B, KV, S, D], allowed bool, broadcast to [B, X, S] -> [B, KV, X, D]. Every query
+    must be allowed at least one key. The backward pass keeps the logarithm of the softmax's denominator and computes
+    the scores again (FlashAttention, arXiv 2205.14135), so that it needs neither their maximum nor their sum.
     """
+    return _forward(query, key, value, allowed)[0]
+
+
+def _forward(query, key, value, allowed):
     scores = _scores(query, key, allowed)
     most = scores.max(-1)
     weights = jnp.exp(scores - most[..., None])
     total = weights.sum(-1)
     attended = dot("bkxs,bksd->bkxd", weights.astype(value.dtype), value, jnp.float32) / total[..., None]
-    return attended.astype(value.dtype), most + jnp.log(total)
+    kept = (attended.astype(value.dtype), most + jnp.log(total))
+    attended, lse = (checkpoint_name(x, ATTENDED) for x in kept)
+    return attended, (query, key, value, allowed, attended, lse)
 
 
-def _forward(query, key, value, allowed):
-    attended, lse = (checkpoint_name(x, ATTENDED) for x in attend(query, key, value, allowed))
-    return (attended, lse), (query, key, value, allowed, attended, lse)
-
-
-def _backward(kept, gradients):
+def _backward(kept, d_attended):
     query, key, value, allowed, attended, lse = kept
-    d_attended, d_lse = gradients
     weights = jnp.exp(_scores(query, key, allowed) - lse[..., None])
     d_value = dot("bkxs,bkxd->bksd", weights.astype(value.dtype), d_attended, value.dtype)
-    shared = d_lse - (attended.astype(jnp.float32) * d_attended.astype(jnp.float32)).sum(-1)
-    d_scores = weights * (dot("bkxd,bksd->bkxs", d_attended, value, jnp.float32) + shared[..., None])
+    shared = (attended.astype(jnp.float32) * d_attended.astype(jnp.float32)).sum(-1)
+    d_scores = weights * (dot("bkxd,bksd->bkxs", d_attended, value, jnp.float32) - shared[..., None])
     d_scores = (d_scores * query.shape[-1] ** -0.5).astype(query.dtype)
     d_query = dot("bkxs,bksd->bkxd", d_scores, key, query.dtype)
     d_key = dot("bkxs,bkxd->bksd", d_scores, query, key.dtype)
@@ -52,56 +52,44 @@ def _backward(kept, gradients):
 attend.defvjp(_forward, _backward)
 
 
-def merge(parts):
-    """What was attended in disjoint sets of keys, [(attended, logarithm), ...] of the same queries, as if at once."""
-    whole = jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)
-    shares = [attended.astype(jnp.float32) * jnp.exp(lse - whole)[..., None] for attended, lse in parts]
-    return sum(shares).astype(parts[0][0].dtype)
-
-
 def attend_causally(query, key, value):
     """Each position attends to itself and to all before it. query [B, T, N, D], key and value [B, T, KV, D] ->
     [B, T, N, D]. A block of queries at a time, only against the keys up to its end: half of the scores are never made.
     """
     heads, group = query.shape[2], query.shape[2] // key.shape[2]
     query, key, value = _by_head(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    return _by_position(_causal(query, key, value, group)[0], heads)
+    done = []
+    for begin, end in _blocks(key.shape[2]):
+        allowed = jnp.arange(end) <= jnp.repeat(jnp.arange(begin, end), group)[:, None]
+        block = query[:, :, begin * group : end * group]
+        done.append(attend(block, key[:, :, :end], value[:, :, :end], allowed[None]))
+    return _by_position(jnp.concatenate(done, axis=2), heads)
 
 
 def attend_behind(query, key, value, width: int, before, group: int):
     """The answers' part of `Decoder.before_answers`: each sees its prompt and, of its own, itself and what is before.
 
     query [B, width + G C, N, D], key and value [B, width + G C, KV, D]: a row's prompt, padded to `width`, then its G
-    answers. before int32 [B]: how much of the prompt they see. -> [B, G C, N, D]. The prompt's keys are read as they
-    lie, by the queries of all answers together, and merged with what each answer sees of itself.
+    answers. before int32 [B]: how much of the prompt they see. -> [B, G C, N, D].
     """
     (rows, length, heads, size), kv_heads = query.shape, key.shape[2]
     together, count = heads // kv_heads, (length - width) // group
-    prompt = [x[:, :width].swapaxes(1, 2) for x in (key, value)]
-    seen = (jnp.arange(width) < before[:, None])[:, None]
-    asking = _by_head(query[:, width:], kv_heads)
-    blocks = [asking[:, :, b * together : e * together] for b, e in _blocks(group * count)]
-    asked = [attend(block, *prompt, seen) for block in blocks]
-    asked = [jnp.concatenate(x, axis=2) for x in zip(*asked, strict=True)]
 
-    def each(x):  # [B, G C, ...] -> an answer a row
+    def each(x):  # [B, width + G C, ...] -> an answer a row
         return x[:, width:].reshape(rows * group, count, *x.shape[2:])
 
+    prompt = [jnp.repeat(x[:, :width].swapaxes(1, 2), group, axis=0) for x in (key, value)]
     own = [each(x).swapaxes(1, 2) for x in (key, value)]
-    attended, lse = _causal(_by_head(each(query), kv_heads), *own, together)
-    attended = _by_head(_by_position(attended, heads).reshape(rows, group * count, heads, size), kv_heads)
-    lse = lse.reshape(rows, group, kv_heads, -1).swapaxes(1, 2).reshape(rows, kv_heads, -1)
-    return _by_position(merge([asked, (attended, lse)]), heads)
-
-
-def _causal(query, key, value, group: int):
-    """`attend_causally` in the inner layout, and the logarithms: ([B, KV, X, D], [B, KV, X]). group: heads together."""
+    seen = jnp.repeat(jnp.arange(width) < before[:, None], group, axis=0)[:, None]
+    asking = _by_head(each(query), kv_heads)
     done = []
-    for begin, end in _blocks(key.shape[2]):
-        allowed = jnp.arange(end) <= jnp.repeat(jnp.arange(begin, end), group)[:, None]
-        block = query[:, :, begin * group : end * group]
-        done.append(attend(block, key[:, :, :end], value[:, :, :end], allowed[None]))
-    return [jnp.concatenate(x, axis=2) for x in zip(*done, strict=True)]
+    for begin, end in _blocks(count):
+        causal = jnp.arange(end) <= jnp.repeat(jnp.arange(begin, end), together)[:, None]
+        shape = (rows * group, len(causal))
+        allowed = [jnp.broadcast_to(seen, (*shape, width)), jnp.broadcast_to(causal, (*shape, end))]
+        both = [jnp.concatenate([p, x[:, :, :end]], axis=2) for p, x in zip(prompt, own, strict=True)]
+        done.append(attend(asking[:, :, begin * together : end * together], *both, jnp.concatenate(allowed, axis=2)))
+    return _by_position(jnp.concatenate(done, axis=2), heads).reshape(rows, group * count, heads, size)
 
 
 def _scores(query, key, allowed):
