@@ -396,23 +396,20 @@ def test_a_process_killed_anywhere_ends_the_others_and_the_resumed_run_ends_the_
     assert len(killed_and_resumed(tmp_path, whole, 2, 3, seed=1)) >= 2
 
 
-MESHES = ([-1, 1, 1], [1, -1, 1], [-1, 1, 2], [2, 2, 2])
-
-
 @pytest.mark.slow
-def test_every_mesh_gives_what_one_device_gives(tmp_path):
-    """8 devices of one process, and 4 processes with 2 each: logits, sampled tokens, losses and updated weights of DPO
-    and GRPO, with adapters and all weights, both architectures.
+def test_a_mesh_gives_what_one_device_gives(tmp_path):
+    """8 devices of one process, both architectures, and 4 processes with 2 each: logits, sampled tokens, losses and
+    updated weights of DPO and GRPO, with adapters and all weights. `python tests/sharded.py` takes any mesh.
 
     Adam divides a gradient by its own size, so where it is nothing but rounding the update is anything up to the
     learning rate: of all weights, a thousandth may be further away than 1e-5, but not further than two steps of 1e-3.
     """
-    names = json.dumps(["qwen3", "llama31"])
-    for out, sizes, count, devices in (("one", [None, *MESHES], 1, 8), ("four", list(MESHES), 4, 2)):
+    whole = ("one", ["qwen3", "llama31"], [None, [1, -1, 1], [2, 2, 2]], 1, 8)
+    for out, names, sizes, count, devices in (whole, ("four", ["qwen3"], [[2, 2, 2]], 4, 2)):
         address = f"127.0.0.1:{free_port()}"
         group = [
             subprocess.Popen(
-                [sys.executable, str(HERE / "sharded.py"), str(tmp_path / out), names, json.dumps(sizes)]
+                [sys.executable, str(HERE / "sharded.py"), str(tmp_path / out), json.dumps(names), json.dumps(sizes)]
                 + ([address, str(count), str(place)] if count > 1 else []),
                 env=environment(devices), stderr=subprocess.PIPE, text=True,
             )
@@ -423,7 +420,9 @@ def test_every_mesh_gives_what_one_device_gives(tmp_path):
     alone = dict(np.load(tmp_path / "one-0.npz"))
     for path in (*tmp_path.glob("one-[1-9].npz"), *tmp_path.glob("four-*.npz")):
         found = np.load(path)
-        for name, expected in alone.items():
+        assert len(found.files) >= len(alone) / 2
+        for name in found.files:
+            expected = alone[name]
             if name.endswith("tokens"):
                 np.testing.assert_array_equal(found[name], expected, err_msg=f"{path.name}: {name}")
             elif name.endswith("full weights"):
