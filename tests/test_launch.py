@@ -18,9 +18,10 @@ SLICE = ("--name=slice", "--zone=here", "--type=v5litepod-16")
 SCRIPTS = {"gpu.sh": (), "multihost.sh": PROCESS, "slurm.sbatch": (), "tpu_vm.sh": SLICE}
 OTHERS = ("quickstart.sh", "test.sh", "train_organism.sh", "detach.sh")
 
-# Stand-ins: each writes down how it was called, in words that shlex reads.
+# Stand-ins: each writes down how it was called, in words that shlex reads; at one stroke, for several may run at once.
 NOTE = """#!/usr/bin/env bash
-{ printf '%s' "${0##*/}"; printf ' %q' "$@"; echo; } >>"$CALLS"
+call="$(printf ' %q' "${0##*/}" "$@")"
+echo "${call# }" >>"$CALLS"
 """
 GCLOUD = (
     NOTE
