@@ -252,6 +252,7 @@ class _Leader:
         if not own and not first.died:
             message = f"error: process {first.process}: " + message.removeprefix("error: ")
         self._tell(END, bytes([first.status]))
+        time.sleep(GRACE / 4)  # the others go first: JAX's service ends with this process, and their logs would say so
         leave(first.status, message)
 
 
