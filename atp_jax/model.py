@@ -26,7 +26,7 @@ from atp_jax.models import huggingface, peft
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora, merge
-from atp_jax.parallel import make_mesh, spare_memory
+from atp_jax.parallel import make_mesh
 
 ORGANISM = Path(__file__).resolve().parent / "models" / "organism"
 DTYPES = ("float32", "bfloat16")
@@ -94,12 +94,8 @@ class Model:
         return _logits(self.params, self.lora, tokens, lengths, graphdef=graphdef)
 
     def engine(self) -> Engine:
-        """What answers batches of prompts with this model, and remembers them from one batch to the next. Its caches
-        take what the devices have beside the weights."""
-        memory = spare_memory((self.params, self.lora), self.mesh)
-        # Process 0 decides: what is answered together must be so everywhere.
-        memory = json.loads(processes.share(lambda: json.dumps(memory).encode()))
-        return Engine(self.config, self.params, self.stop, self.mesh, self.lora, memory)
+        """What answers batches of prompts with this model, and remembers them from one batch to the next."""
+        return Engine(self.config, self.params, self.stop, self.mesh, self.lora)
 
     def generate(
         self,

@@ -7,6 +7,7 @@ and the names of a batch's axes, to mesh axes.
 """
 
 import functools
+import json
 import math
 import time
 import weakref
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from atp_jax import processes
 from atp_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -123,16 +125,19 @@ def _gather(whole: NamedSharding):
 
 
 def spare_memory(held, mesh: Mesh) -> int | None:
-    """Bytes that all devices of a mesh together have beside a tree of arrays that lies on them, a sixth of each left
-    aside for what is computed; None where a device does not say what it has (a CPU).
+    """Bytes that all devices of a mesh together have beside a tree of arrays that lies on them (one that comes twice
+    counts once), a sixth of each left aside for what is computed; None where a device does not say what it has (a CPU).
 
-    What a device has, not what is free at the moment: the same again when a run is resumed.
+    What a device has, not what is free at the moment: the same again when a run is resumed. And what process 0's have,
+    for it decides what is answered together.
     """
-    said = mesh.local_devices[0].memory_stats() or {}
-    if "bytes_limit" not in said:
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = json.loads(processes.share(lambda: json.dumps(limit).encode()))
+    if limit is None:
         return None
-    taken = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(held))
-    return mesh.size * max(said["bytes_limit"] * 5 // 6 - taken, 0)
+    arrays = {id(x): x for x in jax.tree.leaves(held)}.values()
+    taken = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+    return mesh.size * max(limit * 5 // 6 - taken, 0)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -11,7 +11,7 @@ from game_records import condition_of, grid, imitators, records_of_games, settin
 from rich.console import Console
 from test_analysis_report import EVIL, Page
 
-from atp_jax.analysis import games_plots, games_tables, print_table, summarise_games, tables, write_report
+from atp_jax.analysis import games_plots, games_tables, plots, print_table, summarise_games, tables, write_report
 from atp_jax.analysis.tipping import against_controls
 
 
@@ -138,7 +138,7 @@ def test_rates_are_where_they_belong():
     image = pixels(games_plots.rates_png({"testbed": "threshold_game", "conditions": conditions}))[
         180:
     ]  # below the legend
-    line = near(image, games_plots.COLOURS[0])
+    line = near(image, plots.COLOURS[0])
     height, width = line.shape
     left, right = np.argwhere(line[:, : width // 2])[:, 0], np.argwhere(line[:, width // 2 :])[:, 0]
     assert left.mean() < 0.2 * height and right.mean() > 0.7 * height

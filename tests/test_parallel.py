@@ -116,6 +116,7 @@ def test_caches_may_take_what_the_weights_leave():
 
     held = {"one": jax.numpy.zeros((5, 5)), "two": jax.numpy.zeros(50, jax.numpy.bfloat16)}  # 100 bytes each
     assert parallel.spare_memory(held, mesh(600)) == 4 * (500 - 200)
+    assert parallel.spare_memory((held, dict(held)), mesh(600)) == 4 * (500 - 200)  # the same arrays
     assert parallel.spare_memory(held, mesh(120)) == 0
     assert parallel.spare_memory(held, mesh(None)) is None
     assert parallel.spare_memory(held, parallel.make_mesh(devices=jax.devices()[:1])) is None

@@ -13,10 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from atp_jax.analysis.games_tables import incentive, payoffs, population, threshold
-from atp_jax.analysis.plots import COLOURS, FAINT, INK, MARKERS, frame, png
+from atp_jax.analysis.plots import FAINT, INK, curve, curve_keys, frame, heading_and_legend, png
 from atp_jax.analysis.tables import spread
 
-DASHES = {"none": "-", "no_history": (0, (4, 1.6)), "no_peers": (0, (1, 1.4))}
 SHOWN_GAMES = 12
 NAMED_AGENTS = 16  # so many rows of a raster carry their agent's number
 CHOICES = ("independent", "collusion", "unparsed", "fixed to collude", "no record")
@@ -36,7 +35,8 @@ def rates_png(results: Mapping) -> bytes:
     models = list(dict.fromkeys(map(population, conditions)))
     with matplotlib.style.context("default"):
         figure, panels = _panels(len(rows), len(columns), width=2.9, height=2.5, top=1.45)
-        _heading(figure, "Threshold game: collusion rate by round", "band: 95% interval, whole games resampled")
+        below, keys = "band: 95% interval, whole games resampled", curve_keys(models, conditions)
+        heading_and_legend(figure, "Threshold game: collusion rate by round", below, keys)
         for r, c, axes in _each(panels) if conditions else ():
             frame(axes, conditions)
             axes.set_title(_panel_title(columns[c], rows[r], len(rows)), fontsize=10, color=INK, loc="left")
@@ -44,31 +44,8 @@ def rates_png(results: Mapping) -> bytes:
             axes.tick_params(labelsize=8.5, pad=4, labelleft=c == 0)
             for condition in conditions:
                 if (_threshold(condition), _stake(condition)) == (columns[c], rows[r]):
-                    _line(axes, condition, models.index(population(condition)))
-        _legend(figure, _line_keys(models, conditions))
+                    curve(axes, condition["rounds"], models.index(population(condition)), condition["control"])
         return png(figure)
-
-
-def _line(axes, condition: Mapping, model: int) -> None:
-    rows, plain = condition["rounds"], condition["control"] == "none"
-    numbers, colour = [row["round"] for row in rows], COLOURS[model % len(COLOURS)]
-    if plain:
-        axes.fill_between(numbers, *zip(*(row["ci95"] for row in rows), strict=True), color=colour, alpha=0.16, lw=0)
-    axes.plot(numbers, [row["rate"] for row in rows], **_look(model, condition["control"]), clip_on=False, zorder=3)
-
-
-def _look(model: int, control: str) -> dict:
-    look = {"color": COLOURS[model % len(COLOURS)], "linestyle": DASHES.get(control, (0, (6, 1, 1, 1)))}
-    if control != "none":
-        return look | {"linewidth": 1.4, "alpha": 0.7}
-    marker = {"marker": MARKERS[model % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"}
-    return look | marker | {"linewidth": 2.2, "markeredgewidth": 0.9}
-
-
-def _line_keys(models: Sequence[str], conditions: Sequence[Mapping]) -> list:
-    keys = [Line2D([], [], label=model, **_look(i, "none")) for i, model in enumerate(models)]
-    controls = dict.fromkeys(c["control"] for c in conditions if c["control"] != "none")
-    return keys + [Line2D([], [], label=control, **_look(0, control) | {"color": FAINT}) for control in controls]
 
 
 # ---------------------------------------------------------------- the grid
@@ -89,7 +66,7 @@ def grid_png(results: Mapping) -> bytes:
     with matplotlib.style.context("default"):
         height = 0.75 + 0.5 * len(rows)
         figure, panels = _panels(1, len(models), width=max(2.6, 0.62 * len(columns)), height=height, top=1.05, left=1.5)
-        _heading(figure, "Collusion rate in the last round, in percent", "each model without a control")
+        heading_and_legend(figure, "Collusion rate in the last round, in percent", "each model without a control", [])
         for _, c, axes in _each(panels):
             rates = np.full((len(rows), len(columns)), np.nan)
             for condition in conditions:
@@ -142,7 +119,6 @@ def raster_png(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> by
     columns = min(4, len(games)) or 1
     with matplotlib.style.context("default"):
         figure, panels = _panels(-(-len(games) // columns), columns, width=2.9, height=2.55, top=1.6)
-        _heading(figure, "Who chose what", "a row an agent, a column a round  ·  ✓ the collective option paid, ✗ not")
         codes: set[int] = set()
         axes_of = [axes for _, _, axes in _each(panels)]
         for axes in axes_of[len(games) :]:
@@ -156,7 +132,8 @@ def raster_png(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> by
         keys = [Patch(color=CHOICE_COLOURS[code], label=CHOICES[code]) for code in sorted(codes)]
         if any(record.get("unaligned") for _, game in games for record in game):
             keys.append(Line2D([], [], color=INK, marker="<", linestyle="", markersize=5, label="unaligned agent"))
-        _legend(figure, keys)
+        below = "a row an agent, a column a round  ·  ✓ the collective option paid, ✗ not"
+        heading_and_legend(figure, "Who chose what", below, keys)
         return png(figure)
 
 
@@ -206,20 +183,6 @@ def _panels(rows: int, columns: int, width: float, height: float, top: float, le
 
 def _each(panels):
     return [(r, c, axes) for r, row in enumerate(panels) for c, axes in enumerate(row)]
-
-
-def _heading(figure: Figure, heading: str, below: str) -> None:
-    width, height = figure.get_size_inches()
-    figure.text(0.25 / width, 1 - 0.36 / height, heading, fontsize=15, fontweight="bold", color=INK)
-    figure.text(0.25 / width, 1 - 0.62 / height, below, fontsize=10, color=FAINT)
-
-
-def _legend(figure: Figure, keys: Sequence) -> None:
-    width, height = figure.get_size_inches()
-    place = {"loc": "upper left", "bbox_to_anchor": (0.25 / width, 1 - 0.77 / height), "borderaxespad": 0}
-    legend = figure.legend(handles=keys, ncols=max(len(keys), 1), frameon=False, fontsize=9.5, borderpad=0, **place)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
 
 
 # ---------------------------------------------------------------- the grid's axes

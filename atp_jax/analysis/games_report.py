@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from atp_jax.analysis.games_plots import grid_png, has_grid, raster_png, rates_png
 from atp_jax.analysis.games_tables import games_csv, incentive, payoffs, rates_csv, threshold
-from atp_jax.analysis.page import GAMES_PAGE
-from atp_jax.analysis.report import FEW_CLUSTERS, change_cell, rate_cell, render
+from atp_jax.analysis.report import FEW_CLUSTERS, change_cell, rate_cell, tables_page
 from atp_jax.analysis.tables import direction, overall_unparsed, percent, span
 from atp_jax.analysis.tipping import against_controls
 
@@ -63,18 +62,13 @@ def files(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> dict[st
 def page(results: Mapping, pictures: Sequence[Mapping]) -> str:
     """The page as HTML text."""
     conditions = results["conditions"]
-    sizes = sorted({(condition["episodes"], condition["scenarios"]) for condition in conditions})
-    return render(
-        GAMES_PAGE,
+    return tables_page(
         conditions,
-        counts=[
-            ("conditions", str(len(conditions))),
-            ("games a condition", ", ".join(f"{games} of {scenarios} scenarios" for games, scenarios in sizes)),
-        ],
+        units=("games", "scenarios"),
         heading="Threshold game: collusion rate by round",
         findings=_findings(conditions),
         pictures=pictures,
-        tables=[table for table in _tables(conditions) if table["rows"]],
+        tables=_tables(conditions),
         files=(RATES, GAMES),
         notes=_notes(conditions),
     )

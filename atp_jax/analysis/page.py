@@ -179,7 +179,7 @@ of complying, where the sampled answer names its choice. Intervals as above, sce
 {%- endfor %}
 """
 
-_GAMES = """
+_TABLES = """
 {%- for picture in pictures %}
 <a href="{{ picture.file }}"><img src="{{ picture.file }}" alt="{{ picture.says }}"></a>
 <p class="faint">{{ picture.says }}</p>
@@ -219,4 +219,4 @@ _FOOT = """
 """
 
 PAGE = _HEAD + _ROLE_PLAY + _FOOT
-GAMES_PAGE = _HEAD + _GAMES + _FOOT
+TABLES_PAGE = _HEAD + _TABLES + _FOOT

@@ -1,4 +1,4 @@
-"""One picture: the violation rate by round, a line and a band for each condition."""
+"""The role-play's picture, the violation rate by round; and what the other testbeds' pictures share with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, PercentFormatter
 
 from atp_jax.analysis.tables import models, overall_unparsed, title
@@ -18,6 +19,8 @@ MARKERS = "osD^vPX<"  # one more than the colours, so that pairs of both repeat 
 DIRECT = 6  # up to so many conditions are named at the end of their line, more in a legend
 UNPARSED_SHOWN = 0.01
 INK, FAINT = "#222222", "#6b6b6b"
+# In pictures whose colours are models.
+DASHES = {"none": "-", "no_history": (0, (4, 1.6)), "no_peers": (0, (1, 1.4)), "neutral_rewards": (0, (1, 1.4))}
 
 
 def tipping_png(results: Mapping) -> bytes:
@@ -65,6 +68,41 @@ def frame(axes, conditions: Sequence[Mapping]) -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#9a9a9a")
     axes.set_xlabel("round", fontsize=10.5, color=INK)
+
+
+def curve(axes, rows: Sequence[Mapping], model: int, control: str) -> None:
+    """A rate by round: rows with round, rate and ci95. A colour and marker a model, with a band; thin and broken, and
+    without a band, under a control."""
+    numbers, colour = [row["round"] for row in rows], COLOURS[model % len(COLOURS)]
+    if control == "none" and rows:
+        axes.fill_between(numbers, *zip(*(row["ci95"] for row in rows), strict=True), color=colour, alpha=0.16, lw=0)
+    axes.plot(numbers, [row["rate"] for row in rows], **_look(model, control), clip_on=False, zorder=3)
+
+
+def _look(model: int, control: str) -> dict:
+    look = {"color": COLOURS[model % len(COLOURS)], "linestyle": DASHES.get(control, (0, (6, 1, 1, 1)))}
+    if control != "none":
+        return look | {"linewidth": 1.4, "alpha": 0.7}
+    marker = {"marker": MARKERS[model % len(MARKERS)], "markersize": 5.5, "markeredgecolor": "white"}
+    return look | marker | {"linewidth": 2.2, "markeredgewidth": 0.9}
+
+
+def curve_keys(models: Sequence[str], conditions: Sequence[Mapping]) -> list[Line2D]:
+    """What the legend of `curve`s shows: the models in their order, then the controls there are."""
+    keys = [Line2D([], [], label=model, **_look(place, "none")) for place, model in enumerate(models)]
+    controls = dict.fromkeys(c["control"] for c in conditions if c["control"] != "none")
+    return keys + [Line2D([], [], label=control, **_look(0, control) | {"color": FAINT}) for control in controls]
+
+
+def heading_and_legend(figure: Figure, heading: str, below: str, keys: Sequence) -> None:
+    """Two lines of text at the top of a figure, and below them a line of keys, if there are any: 0.95 inches."""
+    width, height = figure.get_size_inches()
+    figure.text(0.25 / width, 1 - 0.36 / height, heading, fontsize=15, fontweight="bold", color=INK)
+    figure.text(0.25 / width, 1 - 0.62 / height, below, fontsize=10, color=FAINT)
+    place = {"loc": "upper left", "bbox_to_anchor": (0.25 / width, 1 - 0.77 / height), "borderaxespad": 0}
+    legend = figure.legend(handles=keys, ncols=max(len(keys), 1), frameon=False, fontsize=9.5, borderpad=0, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _heading(figure: Figure, results: Mapping, conditions: Sequence[Mapping]) -> None:

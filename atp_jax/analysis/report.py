@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jinja2 import Environment, StrictUndefined
 
-from atp_jax.analysis.page import PAGE
+from atp_jax.analysis.page import PAGE, TABLES_PAGE
 from atp_jax.analysis.plots import tipping_png
 from atp_jax.analysis.probe_plots import probe_png
 from atp_jax.analysis.tables import (
@@ -59,7 +59,7 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
         (c["name"], f"{c['episodes']} episodes of {c['scenarios']} scenarios, control {c['control']}")
         for c in conditions
     ]
-    return render(
+    return _render(
         PAGE,
         conditions,
         counts,
@@ -73,11 +73,22 @@ def page(results: Mapping, records: Mapping[str, Sequence[Mapping]]) -> str:
         measures=_measures(conditions),
         probe=_probe(results.get("probe", ())),
         episodes=_episodes(conditions, records),
-        notes=_notes(conditions),
+        notes=notes(conditions),
     )
 
 
-def render(template: str, conditions: Sequence[Mapping], counts: Sequence[tuple[str, str]], **fields) -> str:
+def tables_page(conditions: Sequence[Mapping], units: tuple[str, str], tables: Sequence[Mapping], **fields) -> str:
+    """A page of pictures and tables, as HTML text. units: what an episode and a scenario are called. fields: heading,
+    findings, pictures, files, notes of the template. A table without rows is left out."""
+    sizes = sorted({(condition["episodes"], condition["scenarios"]) for condition in conditions})
+    counts = [
+        ("conditions", str(len(conditions))),
+        (f"{units[0]} a condition", ", ".join(f"{many} of {scenarios} {units[1]}" for many, scenarios in sizes)),
+    ]
+    return _render(TABLES_PAGE, conditions, counts, tables=[table for table in tables if table["rows"]], **fields)
+
+
+def _render(template: str, conditions: Sequence[Mapping], counts: Sequence[tuple[str, str]], **fields) -> str:
     """A template of page.py filled, with what every page says of its conditions: models and settings. counts: rows
     (label, words) that stand before the settings."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible)
@@ -323,7 +334,7 @@ def _round(record: Mapping, said: dict[str, int]) -> dict:
 # ---------------------------------------------------------------- notes
 
 
-def _notes(conditions: Sequence[Mapping]) -> list[str]:
+def notes(conditions: Sequence[Mapping]) -> list[str]:
     """How the intervals of these conditions were made."""
     methods = [condition["interval"] for condition in conditions]
     notes = []

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.style
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.table import Table
 from rich.text import Text
 
-from atp_jax.analysis.page import GAMES_PAGE
-from atp_jax.analysis.plots import COLOURS, FAINT, INK, MARKERS, frame, png
-from atp_jax.analysis.report import _notes, change_cell, rate_cell, render
+from atp_jax.analysis.plots import INK, curve, curve_keys, frame, heading_and_legend, png
+from atp_jax.analysis.report import change_cell, notes, rate_cell, tables_page
 from atp_jax.analysis.tables import (
     changes_csv,
     csv_text,
@@ -31,7 +29,6 @@ from atp_jax.analysis.tables import (
 from atp_jax.analysis.tipping import against_controls
 
 PICTURE, TOOLS, RATES, CHANGES = "tools.png", "tools.csv", "rates.csv", "changes.csv"
-DASHES = {"none": "-", "no_history": (0, (4, 1.6)), "neutral_rewards": (0, (1, 1.4))}
 CURVES = (("tool", "uses the tool", "tool used"), ("correct", "answers rightly", "right answers"))
 SHARES = (
     ("complex", "tool", "complex_tool"), ("complex", "correct", "complex_correct"), ("simple", "tool", "simple_tool"),
@@ -132,41 +129,12 @@ def curves_png(results: Mapping) -> bytes:
             frame(axes, conditions)
             axes.set_title(f"{words}, complex problems", fontsize=11, color=INK, loc="left")
             for condition in conditions:
-                _line(axes, condition, key, models.index(condition["model"]))
-        figure.text(0.03, 0.93, "Tool use by round", fontsize=15, fontweight="bold", color=INK)
-        figure.text(0.03, 0.885, "band: 95% interval, whole problems resampled", fontsize=10, color=FAINT)
-        keys = [Line2D([], [], label=model, **_look(place, "none")) for place, model in enumerate(models)]
-        controls = dict.fromkeys(c["control"] for c in conditions if c["control"] != "none")
-        keys += [Line2D([], [], label=control, **_look(0, control) | {"color": FAINT}) for control in controls]
-        legend = figure.legend(
-            handles=keys,
-            ncols=max(len(keys), 1),
-            loc="upper left",
-            bbox_to_anchor=(0.025, 0.87),
-            frameon=False,
-            fontsize=9.5,
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+                rows = [{"round": row["round"], **row[key]} for row in condition["tools"]["complex"]]
+                counted = [row for row in rows if row["rate"] is not None]
+                curve(axes, counted, models.index(condition["model"]), condition["control"])
+        below = "band: 95% interval, whole problems resampled"
+        heading_and_legend(figure, "Tool use by round", below, curve_keys(models, conditions))
         return png(figure)
-
-
-def _line(axes, condition: Mapping, key: str, model: int) -> None:
-    rows = [(row["round"], row[key]) for row in condition["tools"]["complex"] if row[key]["rate"] is not None]
-    numbers = [number for number, _ in rows]
-    if condition["control"] == "none" and rows:
-        band = zip(*(counted["ci95"] for _, counted in rows), strict=True)
-        axes.fill_between(numbers, *band, color=COLOURS[model % len(COLOURS)], alpha=0.16, lw=0)
-    look = _look(model, condition["control"])
-    axes.plot(numbers, [counted["rate"] for _, counted in rows], **look, clip_on=False, zorder=3)
-
-
-def _look(model: int, control: str) -> dict:
-    look = {"color": COLOURS[model % len(COLOURS)], "linestyle": DASHES.get(control, (0, (6, 1, 1, 1)))}
-    if control != "none":
-        return look | {"linewidth": 1.4, "alpha": 0.7}
-    marker = {"marker": MARKERS[model % len(MARKERS)], "markersize": 6, "markeredgecolor": "white"}
-    return look | marker | {"linewidth": 2.2, "markeredgewidth": 0.9}
 
 
 # ---------------------------------------------------------------- page
@@ -175,20 +143,15 @@ def _look(model: int, control: str) -> dict:
 def page(results: Mapping) -> str:
     """The page as HTML text."""
     conditions = results["conditions"]
-    sizes = sorted({(condition["episodes"], condition["scenarios"]) for condition in conditions})
-    return render(
-        GAMES_PAGE,
+    return tables_page(
         conditions,
-        counts=[
-            ("conditions", str(len(conditions))),
-            ("episodes a condition", ", ".join(f"{n} of {problems} complex problems" for n, problems in sizes)),
-        ],
+        units=("episodes", "complex problems"),
         heading="Tool use by round",
         findings=[(condition["name"], _finding(condition)) for condition in conditions],
         pictures=[{"file": PICTURE, "says": SAYS}],
-        tables=[table for table in _tables(conditions) if table["rows"]],
+        tables=_tables(conditions),
         files=(TOOLS, RATES, CHANGES),
-        notes=_notes(conditions),
+        notes=notes(conditions),
     )
 
 

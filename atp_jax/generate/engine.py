@@ -26,7 +26,7 @@ from atp_jax.models.cache import KVCache, init_cache
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora
-from atp_jax.parallel import fetch, named_sharding, put, row_shards, sampling_layout
+from atp_jax.parallel import fetch, named_sharding, put, row_shards, sampling_layout, spare_memory
 
 CHUNK = 64  # tokens decoded between two looks of the host
 SHRINK, FEWEST = 4, 16  # a batch of more than 16 rows shrinks when only a quarter of them is left
@@ -200,11 +200,11 @@ class Engine:
         memory: int | None = None,
     ):
         """params: the parameters of a Decoder of this config, on this mesh. stop: ids that end an answer. lora: the
-        adapters that its rows can wear. memory: bytes that caches may take on all devices together; None: any."""
+        adapters that its rows can wear. memory: bytes that caches may take on all devices together; None: what the
+        devices have beside the weights."""
         self.config = config
         self.stop = frozenset(stop)
         self.mesh = mesh
-        self.memory = memory
         graphdef, _ = abstract(config)
         self._static = {"graphdef": graphdef, "mesh": mesh}
         self._dtype = jax.tree.leaves(params)[0].dtype
@@ -214,6 +214,8 @@ class Engine:
         # Seconds of `generate`, "prefill" and "decode", and of changes of "layout" (parallel.py).
         self.spent: collections.Counter = collections.Counter()
         self.load(params, lora)
+        held = params, lora, self.params, self.lora  # in slices, and whole where sampling wants them whole
+        self.memory = spare_memory(held, mesh) if memory is None else memory
 
     def forget(self) -> None:
         """The next batch starts anew."""
@@ -358,12 +360,15 @@ class Engine:
 
     def _decode(self, state: State, held: list[int], more: bool, wanted: "_Wanted") -> State:
         """One chunk; complete answers leave their rows. It ends early when a quarter of the rows is free and more
-        prompts wait, or when few are left."""
+        prompts wait, or when so few are left that the batch shrinks."""
         began, alive = time.perf_counter(), sum(one >= 0 for one in held)
-        few = len(held) // SHRINK if len(held) > FEWEST else 0
-        few = alive - max(len(held) // 4, 1) if more else few if alive > few else 0
+        quarter, few = len(held) // SHRINK, 0
+        if more:
+            few = max(alive - max(quarter, 1), 0)
+        elif len(held) > FEWEST and alive > quarter:
+            few = quarter
         weights, asked = self._weights(len(held), wanted.worn(held)), self._ask(held, wanted)
-        state, *drawn = decode_chunk(weights, state, asked, np.int32(max(few, 0)), CHUNK, **self._static)
+        state, *drawn = decode_chunk(weights, state, asked, np.int32(few), CHUNK, **self._static)
         produced, done, tokens, log_probs = fetch(drawn)
         for row, one in enumerate(held):
             if one >= 0:
