@@ -1,5 +1,6 @@
 """Small stored checkpoints (tests/fixtures) for whoever needs a model in a test, and one way to run them."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -8,7 +9,8 @@ from flax import nnx
 
 from atp_jax import parallel
 from atp_jax.models import huggingface
-from atp_jax.models.decoder import abstract
+from atp_jax.models.config import DecoderConfig
+from atp_jax.models.decoder import Decoder, abstract
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = ("qwen2", "qwen2_yarn", "qwen3", "llama31", "llama_linear")
@@ -19,6 +21,34 @@ def load(directory, dtype="float32", mesh=None):
     config = huggingface.load_config(directory)
     mesh = parallel.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     return config, abstract(config, dtype)[0], huggingface.load_params(directory, config, dtype, mesh)
+
+
+def drawn_qwen3(tokenizer, context: int):
+    """(config, params) of a random Qwen3 of two layers for a tokenizer's vocabulary."""
+    content = {
+        "architectures": ["Qwen3ForCausalLM"], "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": context, "rope_theta": 10000.0, "initializer_range": 0.3,
+        "tie_word_embeddings": True, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    config = DecoderConfig.from_dict(content, "test")
+    return config, nnx.split(Decoder(config, rngs=nnx.Rngs(0)))[1]
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects every tracing and compilation, of whatever function."""
+    seen = []
+
+    def listen(event, _, **about):
+        if "/compile/" in event:
+            seen.append((event, about))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @jax.jit(static_argnums=0)

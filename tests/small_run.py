@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 from atp_jax.scenarios.pack import Scenario, load_role_play
@@ -70,6 +71,42 @@ def arguments(folder: Path, workdir: Path, rows: int = 3, rounds: int = 4, sampl
         "--config.evolve.controls=('none', 'no_history')",
         *more,
     ]
+
+
+# The smallest pipeline: pairs, DPO, GRPO and what becomes of them.
+PIPELINE = """
+from atp_jax.settings import default_config
+
+def get_config(folder):
+    config = default_config()
+    config.sampling.max_new_tokens = 32
+    config.data.limit, config.evolve.samples, config.evolve.rounds = 2, 2, 2
+    align = config.align
+    align.method, align.path, align.validation = "dpo+grpo", f"{folder}/align.json", f"{folder}/validation.json"
+    align.rows, align.check_every, align.check_samples, align.save_every = 4, 2, 1, 1
+    align.pairs.steer, align.pairs.tries = False, 12
+    align.dpo.epochs, align.dpo.batch, align.dpo.learning_rate, align.dpo.schedule = 2, 4, 1e-3, "constant"
+    align.grpo.steps, align.grpo.prompts, align.grpo.group, align.grpo.learning_rate = 4, 2, 2, 1e-3
+    config.update_from_flattened_dict(CHANGES)
+    return config
+"""
+
+
+def write_pipeline(folder: Path, changes: dict) -> None:
+    """Configuration, with some settings changed, and data of the smallest pipeline."""
+    (folder / "config.py").write_text(f"CHANGES = {changes!r}\n{PIPELINE}")
+    for name in ("align", "validation"):
+        rows = json.loads((ROOT / "atp_jax" / "scenarios" / f"role_play_{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(rows[:4]))
+
+
+def pipeline(folder: Path, workdir: Path) -> list[str]:
+    """The command that runs it."""
+    return [sys.executable, "-m", "atp_jax", f"--config={folder / 'config.py'}:{folder}", f"--workdir={workdir}"]
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def left_behind(workdir: Path) -> dict[str, bytes]:

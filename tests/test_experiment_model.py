@@ -5,14 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+import small_models
 import small_run
 import tiny_tokenizers
-from flax import nnx
 
 from atp_jax.__main__ import main
 from atp_jax.models import huggingface
-from atp_jax.models.config import DecoderConfig
-from atp_jax.models.decoder import Decoder
 
 
 @pytest.fixture(autouse=True)
@@ -25,25 +23,7 @@ def checkpoint(tmp_path_factory):
     """A Hugging Face directory: a random Qwen3 of two layers with a context of 2048, sampling at T = 0.9, top-k 50."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = tiny_tokenizers.qwen3_tokenizer()
-    config = DecoderConfig.from_dict(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 2048,
-            "rope_theta": 10000.0,
-            "initializer_range": 0.3,
-            "tie_word_embeddings": True,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        "test",
-    )
-    _, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    config, params = small_models.drawn_qwen3(tokenizer, 2048)
     huggingface.save(folder, config, params)
     tokenizer.save_pretrained(folder)
     generation = {"do_sample": True, "temperature": 0.9, "top_k": 50, "eos_token_id": tokenizer.eos_token_id}

@@ -301,22 +301,6 @@ def test_prompts_that_cannot_be_answered_are_named(new_engine, prompts, message)
         new_engine().generate(prompts, Sampling(), streams(*range(len(prompts))))
 
 
-@contextlib.contextmanager
-def compilations():
-    """Collects every tracing and compilation, of whatever function."""
-    seen = []
-
-    def listen(event, _, **about):
-        if "/compile/" in event:
-            seen.append((event, about))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_new_text_and_settings_of_the_same_buckets_compile_nothing(new_engine):
     """Also for another engine, other stop ids and a seed beyond 31 bits; a new bucket does compile."""
 
@@ -328,11 +312,11 @@ def test_new_text_and_settings_of_the_same_buckets_compile_nothing(new_engine):
 
     first, second, third = new_engine([3]), new_engine([4, 9]), new_engine()
     live(first, 1, Sampling(max_new_tokens=8), (20, 31, 25))
-    with compilations() as seen:
+    with small_models.compilations() as seen:
         live(second, 2**32 - 1, MIXED[:3], (30, 18, 22))
         live(third, 7, Sampling(temperature=0.4, top_p=0.5, top_k=3, max_new_tokens=12), (17, 17, 24))
     assert not seen
-    with compilations() as seen:
+    with small_models.compilations() as seen:
         live(third, 7, Sampling(), (200, 17, 24))
     assert seen
 

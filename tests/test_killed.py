@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,28 +16,11 @@ import small_run
 from atp_jax.__main__ import main
 
 KILLS = 20
-CONFIG = """
-from atp_jax.settings import default_config
-
-def get_config(folder):
-    config = default_config()
-    config.sampling.max_new_tokens = 32
-    config.data.limit, config.evolve.samples, config.evolve.rounds = 2, 2, 2
-    config.evolve.mode, config.evolve.models = "both", ("grpo",)
-    config.evolve.weights.updates, config.evolve.weights.measure_every = 6, 1
-    config.evolve.weights.prompts, config.evolve.weights.group = 2, 2
-    align = config.align
-    align.method, align.path, align.validation = "dpo+grpo", f"{folder}/align.json", f"{folder}/validation.json"
-    align.rows, align.check_every, align.check_samples, align.save_every = 4, 2, 1, 1
-    align.pairs.steer, align.pairs.tries = False, 12
-    align.dpo.epochs, align.dpo.batch, align.dpo.learning_rate, align.dpo.schedule = 4, 2, 1e-3, "constant"
-    align.grpo.steps, align.grpo.prompts, align.grpo.group, align.grpo.learning_rate = 6, 2, 2, 1e-3
-    return config
-"""
-
-
-def command(folder: Path, workdir: Path) -> list[str]:
-    return [sys.executable, "-m", "atp_jax", f"--config={folder / 'config.py'}:{folder}", f"--workdir={workdir}"]
+CHANGES = {
+    "evolve.mode": "both", "evolve.models": ("grpo",), "evolve.weights.updates": 6, "evolve.weights.measure_every": 1,
+    "evolve.weights.prompts": 2, "evolve.weights.group": 2, "align.dpo.epochs": 4, "align.dpo.batch": 2,
+    "align.grpo.steps": 6,
+}  # fmt: skip
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -57,10 +39,6 @@ def left_behind(workdir: Path) -> dict[str, bytes]:
     names = {str(path.relative_to(workdir)): path for path in files}
     return {name: path.read_bytes() for name, path in names.items()
             if not name.startswith("checkpoints") and name != "metrics.jsonl"}  # fmt: skip
-
-
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def half_written(workdir: Path) -> list[str]:
@@ -86,9 +64,9 @@ def stage(workdir: Path) -> str:
 def kill(process: subprocess.Popen, workdir: Path, lines: int, delay: float | None) -> bool:
     """Kills when metrics has so many lines and `delay` seconds have passed, or with None when this process has written
     a line and then begun a checkpoint. -> whether there was anybody to be killed."""
-    before = lines_of(workdir / "metrics.jsonl")
+    before = small_run.lines_of(workdir / "metrics.jsonl")
     while process.poll() is None:
-        now = lines_of(workdir / "metrics.jsonl")
+        now = small_run.lines_of(workdir / "metrics.jsonl")
         if now >= lines and (delay is not None or now != before):
             break
         time.sleep(0.005)
@@ -107,10 +85,7 @@ def kill(process: subprocess.Popen, workdir: Path, lines: int, delay: float | No
 def folder(tmp_path_factory):
     """Configuration and data of the run, and what XLA compiles for it, so that a run that starts again is quick."""
     folder = tmp_path_factory.mktemp("killed")
-    (folder / "config.py").write_text(CONFIG)
-    for name in ("align", "validation"):
-        rows = json.loads((small_run.ROOT / "atp_jax" / "scenarios" / f"role_play_{name}.json").read_text())
-        (folder / f"{name}.json").write_text(json.dumps(rows[:4]))
+    small_run.write_pipeline(folder, CHANGES)
     return folder
 
 
@@ -125,7 +100,8 @@ def finished(folder, environment):
     """The workdir of a run that nobody killed."""
     workdir = folder / "whole"
     began = time.monotonic()
-    done = subprocess.run(command(folder, workdir), cwd=small_run.ROOT, env=environment, capture_output=True, text=True)
+    command = small_run.pipeline(folder, workdir)
+    done = subprocess.run(command, cwd=small_run.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(f"\nuninterrupted: {time.monotonic() - began:.0f} s, {len(metrics(workdir))} lines of metrics")
     return workdir
@@ -136,7 +112,7 @@ def test_killed_twenty_times_it_ends_the_same(folder, environment, finished):
     """A moment is drawn as a place in the run (so many lines of metrics, in each of nineteen parts of the run one; the
     first is before any) and up to 0.8 s after it; every fourth is the next write of a checkpoint."""
     workdir, draw, total = folder / "run", random.Random(0), len(metrics(finished))
-    again = command(folder, workdir)
+    again = small_run.pipeline(folder, workdir)
     began, where, torn = time.monotonic(), [], 0
     with (folder / "said").open("w") as said:
         for number in range(KILLS):
@@ -146,7 +122,7 @@ def test_killed_twenty_times_it_ends_the_same(folder, environment, finished):
             if kill(process, workdir, lines, delay):
                 where.append(stage(workdir))
                 torn += delay is None and bool(half_written(workdir))
-                came = f"{where[-1]}, {lines_of(workdir / 'metrics.jsonl')} of {total} lines of metrics"
+                came = f"{where[-1]}, {small_run.lines_of(workdir / 'metrics.jsonl')} of {total} lines of metrics"
                 print(f"kill {number}: {came}, half-written: {half_written(workdir)}")
     done = subprocess.run(again, cwd=small_run.ROOT, env=environment, capture_output=True, text=True)
     took, aimed = time.monotonic() - began, KILLS // 4
@@ -170,7 +146,7 @@ def test_killed_between_a_line_of_metrics_and_the_pairs(folder, environment, fin
     shutil.copy(finished / "config.json", workdir)
     line = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0]
     (workdir / "metrics.jsonl").write_bytes(line)
-    again = [*command(folder, workdir), "--stages=pairs"]
+    again = [*small_run.pipeline(folder, workdir), "--stages=pairs"]
     done = subprocess.run(again, cwd=small_run.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (workdir / "metrics.jsonl").read_bytes() == line

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import small_models
 from flax import nnx
-from test_generate import ONE, assert_same, compilations, streams, text
+from test_generate import ONE, assert_same, streams, text
 
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
@@ -118,7 +118,7 @@ def test_other_adapters_and_indices_compile_nothing(model):
     engine = Engine(config, params, (), ONE, adapters.concat([drawn(config, 3), drawn(config, 4)]))
     engine.generate(prompts, how, streams(0, 1), adapter=[0, 1])
     other = adapters.concat([drawn(config, 5), drawn(config, 6)])
-    with compilations() as seen:
+    with small_models.compilations() as seen:
         engine.generate(prompts, how, streams(0, 1), adapter=[-1, 0])
         engine.load(params, other)
         engine.generate(prompts, how, streams(0, 1), adapter=[1, 1])

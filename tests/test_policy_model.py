@@ -5,16 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import small_models
 import tiny_tokenizers
-from flax import nnx
 
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
 from atp_jax.generate import engine as engines
 from atp_jax.generate.sampling import Sampling
 from atp_jax.model import Model
-from atp_jax.models.config import DecoderConfig
-from atp_jax.models.decoder import Decoder
 from atp_jax.parallel import make_mesh
 from atp_jax.policies.model import ModelPolicy
 from atp_jax.policies.types import Request
@@ -26,24 +24,7 @@ SEED = 3
 @pytest.fixture(scope="module")
 def model():
     tokenizer = tiny_tokenizers.qwen3_tokenizer()
-    config = DecoderConfig.from_dict(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 256,
-            "rope_theta": 10000.0,
-            "initializer_range": 0.3,
-            "tie_word_embeddings": True,
-        },
-        "test",
-    )
-    _, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    config, params = small_models.drawn_qwen3(tokenizer, 256)
     mesh = make_mesh(devices=jax.devices()[:1])
     # Special tokens end an answer, and so do two common ones, so that answers differ in length.
     return Model(config, tokenizer, params, mesh, {"eos_token_id": [tokenizer.eos_token_id, 40, 300]})

@@ -270,30 +270,8 @@ def test_saved_on_one_mesh_restored_on_another_bit_for_bit_each_reading_only_its
     assert read[0][0] < 0.6 * read[0][1]  # one of two shards of `tensor`, and the norms
 
 
-# The smallest pipeline with every stage of the quickstart.
-CONFIG = """
-from atp_jax.settings import default_config
-
-def get_config(folder):
-    config = default_config()
-    config.sampling.max_new_tokens = 32
-    config.data.limit, config.evolve.samples, config.evolve.rounds = 2, 2, 2
-    config.evolve.controls, config.evolve.probe = ("none", "no_history"), (0, 1)
-    align = config.align
-    align.method, align.path, align.validation = "dpo+grpo", f"{folder}/align.json", f"{folder}/validation.json"
-    align.rows, align.check_every, align.check_samples, align.save_every = 4, 2, 1, 1
-    align.pairs.steer, align.pairs.tries = False, 12
-    align.dpo.epochs, align.dpo.batch, align.dpo.learning_rate, align.dpo.schedule = 2, 4, 1e-3, "constant"
-    align.grpo.steps, align.grpo.prompts, align.grpo.group, align.grpo.learning_rate = 4, 2, 2, 1e-3
-    return config
-"""
-
-
-def write_config(folder: Path) -> None:
-    (folder / "config.py").write_text(CONFIG)
-    for name in ("align", "validation"):
-        rows = json.loads((small_run.ROOT / "atp_jax" / "scenarios" / f"role_play_{name}.json").read_text())
-        (folder / f"{name}.json").write_text(json.dumps(rows[:4]))
+# Every stage of the quickstart.
+CHANGES = {"evolve.controls": ("none", "no_history"), "evolve.probe": (0, 1)}
 
 
 def run(folder: Path, workdir: Path, count: int, devices: int) -> list[subprocess.Popen]:
@@ -301,7 +279,7 @@ def run(folder: Path, workdir: Path, count: int, devices: int) -> list[subproces
     address, group = f"127.0.0.1:{free_port()}", []
     for place in range(count):
         own = [f"--coordinator={address}", f"--processes={count}", f"--process_id={place}"] if count > 1 else []
-        command = [sys.executable, "-m", "atp_jax", f"--config={folder / 'config.py'}:{folder}", f"--workdir={workdir}"]
+        command = small_run.pipeline(folder, workdir)
         with (
             workdir.with_suffix(f".out{place}").open("a") as out,
             workdir.with_suffix(f".err{place}").open("a") as err,
@@ -325,10 +303,6 @@ def same(one, other, tolerance: float = 1e-5) -> bool:
     return one == other
 
 
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def kill_one(
     group: list[subprocess.Popen], victim: int, workdir: Path, lines: int, delay: float, said: int
 ) -> float | None:
@@ -336,7 +310,7 @@ def kill_one(
     seconds after which the last of the others had left; None where the run was over before."""
     while group[0].poll() is None:
         joined = "sampling:" in workdir.with_suffix(".out0").read_text()[said:]
-        if joined and lines_of(workdir / "metrics.jsonl") >= lines:
+        if joined and small_run.lines_of(workdir / "metrics.jsonl") >= lines:
             break
         time.sleep(0.02)
     time.sleep(delay)
@@ -352,7 +326,8 @@ def kill_one(
 def killed_and_resumed(folder: Path, whole: Path, count: int, kills: int, seed: int) -> list[float]:
     """Kills a process of a run `kills` times, resumes it each time, and compares what it ends with to `whole`, the
     workdir of a run that nobody killed. -> how long the others took to leave."""
-    draw, workdir, total, took = random.Random(seed), folder / f"killed{seed}", lines_of(whole / "metrics.jsonl"), []
+    draw, workdir, took = random.Random(seed), folder / f"killed{seed}", []
+    total = small_run.lines_of(whole / "metrics.jsonl")
     for number in range(kills):
         victim, lines, delay = draw.randrange(count), int(number * total / kills), draw.uniform(0, 3)
         before = workdir.with_suffix(".out0")
@@ -387,7 +362,7 @@ def killed_and_resumed(folder: Path, whole: Path, count: int, kills: int, seed: 
 @pytest.mark.slow
 def test_a_process_killed_anywhere_ends_the_others_and_the_resumed_run_ends_the_same(tmp_path):
     """Every stage of the quickstart in two processes; and what one process with two devices gives is the same."""
-    write_config(tmp_path)
+    small_run.write_pipeline(tmp_path, CHANGES)
     whole, alone = tmp_path / "whole", tmp_path / "alone"
     for workdir, count, devices in ((whole, 2, 1), (alone, 1, 2)):
         statuses = [process.wait() for process in run(tmp_path, workdir, count, devices)]

@@ -1,7 +1,6 @@
 """The update: how a batch is cut, ordered, filled up and spread over devices changes nothing; clip, schedules, AdamW as
 computed independently in float64; steps that are not finite change nothing."""
 
-import contextlib
 import math
 import os
 import subprocess
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,28 +229,13 @@ def test_the_state_is_donated_all_of_it():
         assert places == {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.ndim}
 
 
-@contextlib.contextmanager
-def compilations():
-    seen = []
-
-    def listen(event, _, **about):
-        if "/compile/" in event:
-            seen.append((event, about))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_new_data_of_the_same_shape_compile_nothing():
     optimiser = make_optimiser(0.1, "cosine", 10, warmup=0.1)
     update, state = make_update(loss, optimiser), start(optimiser)
-    with compilations() as seen:
+    with small_models.compilations() as seen:
         state, _, _ = step(update, state, draw_batch(), 4)
     assert seen
-    with compilations() as seen:
+    with small_models.compilations() as seen:
         for seed, batch in enumerate(({}, NAN, {})):
             state, _, _ = step(update, state, draw_batch(seed) | batch, 4)
     assert not seen
@@ -269,7 +254,6 @@ from atp_jax.align.update import init_state, make_optimiser, make_update, micro_
 from atp_jax.checkpoint import Checkpoints
 from atp_jax.models import lora as adapters
 from atp_jax.parallel import make_mesh, named_sharding
-from test_update import compilations
 
 assert jax.device_count() == 8
 draw = np.random.default_rng(0)
@@ -309,7 +293,7 @@ def train(mesh, rows, rank, train=()):
         _, again, _ = checkpoints.latest(init_state(jax.tree.map(jnp.copy, state.trainable), optimiser))
     assert lies(again) == placed
     chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(state))
-    with compilations() as seen:
+    with small_models.compilations() as seen:
         state, metrics, _ = update(state, frozen, shaped)
         again, same, _ = update(again, frozen, shaped)
     assert not seen, seen
