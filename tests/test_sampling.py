@@ -177,3 +177,10 @@ def test_support_equals_transformers_warpers():
         theirs = (TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs).numpy()
         ours = TRUNCATE(logits / np.float32(temperature), jnp.full(40, top_k), jnp.full(40, top_p, jnp.float32))
         np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float32, (ROWS, VOCABULARY), elements=st.sampled_from([-np.inf, -1.5, -0.0, 0.0, 2.0, 2.5])))
+def test_the_first_of_the_largest_is_taken(values):
+    """Ties, zeros of both signs and tokens that were cut off, as NumPy's argmax."""
+    np.testing.assert_array_equal(sampling.first_largest(jnp.asarray(values)), np.argmax(values, axis=-1))
