@@ -12,6 +12,7 @@ the same bytes. What depends on the machine (speed, versions, device) stands in 
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax
@@ -131,7 +132,10 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
         if fresh:
             write_json(config, document)
         _see(config)
-        yield
+        with _held(config) if processes.leads() else nullcontext():
+            yield
+    except _Taken:
+        raise
     except (UserError, OSError) as error:
         if fresh and processes.leads() and not (workdir / "metrics.jsonl").exists():
             for name in ("evolve", "checkpoints"):
@@ -143,6 +147,25 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
         if isinstance(error, OSError):
             raise UserError(f"cannot write {error.filename or workdir}: {error.strerror or error}") from error
         raise
+
+
+class _Taken(UserError):
+    """The workdir is another's, and nothing in it is ours to take away."""
+
+
+@contextmanager
+def _held(config: Path) -> Iterator[None]:
+    """Nobody else runs in this workdir meanwhile. The lock lies on its config.json and ends with the process, however
+    that ends; a disk that knows no locks has none."""
+    with config.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            said = f"{config.parent} is in use by another run; wait for its end or use another workdir"
+            raise _Taken(said) from error
+        except OSError:
+            pass
+        yield
 
 
 def _see(path: Path) -> None:

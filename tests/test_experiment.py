@@ -7,6 +7,7 @@ import small_run
 
 from atp_jax import lab
 from atp_jax.__main__ import main
+from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling
 from atp_jax.settings import SamplingSettings
 
@@ -66,6 +67,22 @@ def test_another_configuration_is_refused_by_the_names_that_differ(tmp_path, cap
     )
     assert "evolve.rounds" not in line and line.count("\n") == 1
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_one_run_at_a_time_in_a_workdir(tmp_path, capsys):
+    """Another is refused and takes nothing away; when the first has ended the workdir is free."""
+    arguments = small_run.arguments(tmp_path, tmp_path / "run")
+    run, seen = tmp_path / "run", []
+
+    def meanwhile(*_, **__):
+        seen.append((refused(capsys, arguments), (run / "config.json").exists()))
+        raise UserError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp_jax.experiment.evolve", meanwhile)
+        assert refused(capsys, arguments) == "error: enough\n"
+    assert seen == [(f"error: {run} is in use by another run; wait for its end or use another workdir\n", True)]
+    assert main(arguments) == 0
 
 
 def test_stages_one_after_another(tmp_path, capsys):
