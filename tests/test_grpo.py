@@ -170,3 +170,26 @@ def test_a_training_compiles_at_its_beginning_and_never_again(model, tmp_path):
     assert lines[0]["compilations"] > 0
     assert [line["compilations"] for line in lines[1:]] == [0, 0, 0]
     assert all(line["tokens"] == 2 * 4 and line["tokens_per_s"] > 0 for line in lines)
+
+
+def test_no_mix_of_lengths_compiles_again(model, tmp_path):
+    """Prompts of 1 to 64 tokens and answers of 1 to 16 are one bucket each, whatever the longest of a draw is."""
+    random = np.random.default_rng(0)
+
+    def draw(number, params, lora):
+        answers = []
+        for longest in ((64, 16), (3, 1), (20, 9), (64, 2))[number]:
+            prompt = tuple(random.integers(2, 60, longest))
+            for length in random.integers(1, longest + 1, 2):
+                said = tuple(random.integers(2, 60, min(length, 16)))
+                answers.append(Answer("", said, "stop", 0.0, prompt, (-1.0,) * len(said)))
+        return Draw(answers, random.random((2, 2, 1)), {})
+
+    settings = GrpoSettings(steps=4, prompts=2, group=2, kl=0.0)
+    align = AlignSettings(rows=4, check_every=1000, save_every=1000, lora=LoraSettings(rank=2))
+    lines = []
+    loop.train(
+        Grpo("t", draw, model, settings, 16, align.rows), model, align, 0, tmp_path, {}, lambda *_: 0.0, lines.append
+    )
+    compiled = [line["compilations"] for line in lines if "loss" in line]
+    assert compiled[0] > 0 and compiled[1:] == [0, 0, 0]
