@@ -1,6 +1,7 @@
 """The plan: its bytes are those of arrays that are there, its products those that were counted by hand, its collectives
 those of the compiled program; and no collective of decoding grows with the devices that rows are spread over."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,17 +12,17 @@ import jax.numpy as jnp
 import pytest
 import small_models
 
-from atp_jax import parallel
+from atp_jax import parallel, plan
 from atp_jax.align.trainable import partition
 from atp_jax.align.update import init_state, make_optimiser
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import empty_state
-from atp_jax.models import huggingface, lora
+from atp_jax.models import huggingface, lora, peft
 from atp_jax.plan import programs
 from atp_jax.plan.chips import CHIPS, read_device
 from atp_jax.plan.collectives import Collective, read_collectives
-from atp_jax.plan.cost import cost
-from atp_jax.settings import AlignSettings, GrpoSettings, LoraSettings
+from atp_jax.plan.cost import Cost, cost
+from atp_jax.settings import AlignSettings, GrpoSettings, LoraSettings, PolicySettings, Settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -44,9 +45,10 @@ def test_devices_are_read_and_unknown_ones_refused_with_those_there_are():
 @pytest.mark.parametrize("rank", [0, 8])
 def test_planned_bytes_are_those_of_the_arrays_and_of_the_compiled_update(rank):
     """Deterministic kinds: exactly what lies in memory when they are made, and together what the compiled program takes
-    as arguments (a count of the update's, which the arrays' padding could only raise)."""
+    as arguments (a count of the update's, which the arrays' padding could only raise). With its intermediate values,
+    all that it needs: nothing is counted twice or forgotten."""
     mesh, align = one_device(), AlignSettings(lora=LoraSettings(rank=rank), rows=4, grpo=GrpoSettings(prompts=2))
-    shapes = programs.model(CONFIG, "float32", mesh, align)
+    shapes = programs.model(CONFIG, "float32", mesh, align.lora)
     training = programs.grpo(shapes, align, 16, 16)
     params = huggingface.load_params(small_models.FIXTURES / "qwen3", CONFIG, jnp.dtype("float32"), mesh)
     worn = lora.init(CONFIG, rank, 16.0, align.lora.targets, 0, mesh) if rank else None
@@ -64,6 +66,45 @@ def test_planned_bytes_are_those_of_the_arrays_and_of_the_compiled_update(rank):
     held = sum(planned.values()) + batch + programs.device_bytes(shapes.params) * (2 if rank else 1)
     # With an adapter the frozen weights and the reference's are the same arrays, which the program counts twice.
     assert memory.argument_size_in_bytes == pytest.approx(held, rel=0.01)
+
+    planner = plan._Planner(Settings(align=dataclasses.replace(align, method="grpo")), CONFIG, mesh, False)
+    stage = planner.training("grpo", 16, 16)
+    assert sum(planned.values()) < stage.total - programs.device_bytes(shapes.params)
+    taken = held - batch - programs.device_bytes(shapes.params) * (1 if rank else 0) + memory.temp_size_in_bytes
+    assert stage.total == pytest.approx(taken, rel=0.05)
+    # In bfloat16 weights and activations are half as large, what is trained and its gradients as large as before.
+    planner.dtype = "bfloat16"
+    half = planner.training("grpo", 16, 16).held
+    assert half["parameters"] == programs.device_bytes(shapes.params) // 2
+    assert {name: half[name] for name in planned} == planned and half["gradients"] == planned["trained"]
+    kept = planned["trained"]  # of a micro-batch, counted with the activations
+    before, now = (held["activations"] - kept for held in (stage.held, half))
+    assert 0.4 * before <= now <= 0.9 * before
+
+
+def test_an_adapter_that_is_worn_from_the_start_is_planned_with(tmp_path):
+    """Its own rank and targets count, whatever align.lora says; a training goes on with it, its reference keeps it."""
+    mesh = one_device()
+    worn = lora.init(CONFIG, 3, 6.0, ("query", "down"), 0, mesh)
+    peft.save(tmp_path, CONFIG, worn, "base")
+    size = sum(x.nbytes for x in jax.tree.leaves(worn))
+    settings = Settings(policy=PolicySettings(kind="model", adapter=str(tmp_path)))
+    for align in (AlignSettings(), AlignSettings(method="grpo", lora=LoraSettings(rank=8), rows=4)):
+        planner = plan._Planner(dataclasses.replace(settings, align=align), CONFIG, mesh, False)
+        assert planner.sampling("evolve", 4, 16, 16, {}).held["adapter"] == size
+        made = planner._update("grpo", CONFIG, "float32", mesh, align, 16, 16)
+        trained = sum(x.nbytes for x in jax.tree.leaves((worn.a, worn.b)))
+        assert programs.device_bytes(made.held["trained"]) == trained
+        _, (_, reference) = made.update.arguments[1]
+        assert programs.device_bytes(reference) == size
+
+
+def test_products_in_float32_take_longer_than_in_bfloat16():
+    chips = {chip.name: chip for chip in CHIPS}
+    steps = {dtype: plan.Step("update", 1, Cost(1e15, 0), 0, dtype, None) for dtype in ("bfloat16", "float32")}
+    assert steps["bfloat16"].seconds(chips["H100-80"]) == pytest.approx(1e15 / 989e12)
+    assert steps["float32"].seconds(chips["H100-80"]) == pytest.approx(1e15 / 67e12)
+    assert steps["float32"].seconds(chips["v5e"]) == pytest.approx(6 * steps["bfloat16"].seconds(chips["v5e"]))
 
 
 def test_planned_bytes_of_a_cache_are_those_of_the_cache():
@@ -157,7 +198,7 @@ def compiled(data, fsdp, tensor, what, rank=8):
     mesh = make_mesh(data, fsdp, tensor, devices=jax.devices()[:count])
     rows = data * fsdp
     align = AlignSettings(lora=LoraSettings(rank=rank), rows=4 * rows, grpo=GrpoSettings(prompts=rows))
-    model = programs.model(config, "float32", mesh, align)
+    model = programs.model(config, "float32", mesh, align.lora)
     if what == "update":
         made = programs.grpo(model, align, 16, 16).update
     else:

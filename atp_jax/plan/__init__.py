@@ -1,8 +1,10 @@
 """What a run would need of its devices, and how fast they could be, before any of them is there.
 
-Bytes of arrays are those that a run's own functions give their shapes; nothing of the model but its config.json is
-read. What is estimated is called an estimate: the intermediate values of a program (cost.py), and seconds, which no
-program reaches: products at the chip's peak, every weight and the whole cache read once a token, links always busy.
+Bytes of arrays are those that a run's own functions give their shapes; nothing of the model but its config.json (and
+the adapter that it wears) is read. What is estimated is called an estimate: the intermediate values of a program, of an
+update as XLA compiles it for so many CPU devices in float32, of a draw as they are counted (cost.py); and seconds,
+which no program reaches: products at the chip's peak, every weight and the whole cache read once a token, links always
+busy.
 """
 
 import dataclasses
@@ -19,10 +21,10 @@ from atp_jax.plan import programs
 from atp_jax.plan.chips import CHIPS, USABLE, Chip
 from atp_jax.plan.collectives import Collective, read_collectives
 from atp_jax.plan.cost import Cost
-from atp_jax.settings import Settings
+from atp_jax.settings import AlignSettings, LoraSettings, Settings
 from atp_jax.testbeds import testbed
 
-DEPTHS = 2, 3  # layers of the programs that are compiled; all else is linear in the layers
+DEPTHS = 2, 3  # layers of the programs of drawing that are made; all else is linear in the layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Step:
     tokens: int
     cost: Cost
     read: int
+    dtype: str
     collectives: list[Collective] | None
 
     def seconds(self, chip: Chip) -> float:
         """At the chip's limits."""
         link = sum(_sent(one) for one in self.collectives or ()) / chip.link
-        return max(self.cost.flops / chip.flops, self.read / chip.bandwidth) + link
+        return max(self.cost.flops / chip.flops[self.dtype], self.read / chip.bandwidth) + link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +84,19 @@ def read_shape(settings: Settings) -> DecoderConfig:
     return huggingface.load_config(huggingface.resolve(name, fetched=["config.json"]))
 
 
+def read_adapter(settings: Settings, config: DecoderConfig) -> LoraSettings | None:
+    """What the adapter is like that the run's model wears from the start; None without one. UserError where it cannot
+    be read, or is another model's."""
+    if not settings.policy.adapter:
+        return None
+    from atp_jax.models import peft
+
+    worn = peft.load(Path(settings.policy.adapter).expanduser(), config, make_mesh(devices=jax.devices()[:1]))
+    return LoraSettings(rank=len(worn.gain), targets=tuple(worn.a))
+
+
 def make_plan(settings: Settings, config: DecoderConfig, mesh, collectives: bool) -> list[Stage]:
-    """The stages of a run. collectives: compile the programs, with few layers, and read them."""
+    """The stages of a run. collectives: read them from the compiled programs, those of drawing with few layers."""
     align, sampling = settings.align, settings.sampling
     prompt, context = align.dpo.max_prompt, config.max_position_embeddings
     longest = min(sampling.max_new_tokens or 256, context - prompt)
@@ -110,30 +124,44 @@ class _Planner:
         self.dtype = settings.policy.dtype
         self.tensor, self.shards = mesh.shape["tensor"], row_shards(mesh)
         self.alone = make_mesh(devices=jax.devices()[:1])
-        self.adapted = settings.align if settings.align.method != "none" else None
+        self.worn = read_adapter(settings, config)  # a training goes on with the adapter that is there
+        trained = settings.align.lora if settings.align.method != "none" and settings.align.lora.rank else None
+        self.lora = self.worn or trained
 
     def training(self, name: str, prompt: int, new: int, kept: dict | None = None) -> Stage:
-        config, mesh, align = self.config, self.mesh, self.align
-        model = programs.model(config, self.dtype, mesh, self.align)
-        whole = self._update(name, config, mesh, align, prompt, new)
+        def made(dtype: str) -> programs.Training:
+            return self._update(name, self.config, dtype, self.mesh, self.align, prompt, new)
+
+        def counted(dtype: str, rows: int) -> Cost:
+            """Of one device alone, without its gradients."""
+            alone = self._update(name, self._part(), dtype, self.alone, self._share(rows), prompt, new)
+            found, gradients = alone.update.cost(), _gradients(programs.device_bytes(alone.held["trained"]))
+            return Cost(found.flops, max(found.temporary - gradients, 1))
+
+        whole, align = made(self.dtype), self.align
+        model = self._model(self.config, self.mesh)
         held = {"parameters": programs.device_bytes(model.params)} | (kept or {})
+        if self.worn:
+            held["adapter"] = programs.device_bytes(model.lora)  # the reference goes on wearing it
         held |= {kind: programs.device_bytes(tree) for kind, tree in whole.held.items()}
         held["gradients"] = held["trained"]  # their sum over micro-batches
 
-        def alone(rows: int) -> Cost:
-            local = self._share(align, rows)
-            found = self._update(name, self._part(), self.alone, local, prompt, new)
-            return self._sliced(found.update.cost(), found, held)
-
+        # In bfloat16 a CPU computes in float32, on copies of the weights that no accelerator needs. So the program is
+        # compiled in float32, and bfloat16 has the same share of that as where both are counted.
+        compiled = made("float32").update.lower().compile()
         rows = max(align.rows // self.shards, 1)
-        one, two = alone(rows), alone(2 * rows)
-        held["activations"] = one.temporary
-        step = Step(f"{name} update", whole.answer_tokens, one, held["parameters"], None)
+        one, wide = counted(self.dtype, rows), counted("float32", rows)
+        gradients = _gradients(held["trained"])
+        temporary = max(compiled.memory_analysis().temp_size_in_bytes - gradients, 0)
+        times = temporary / wide.temporary  # what is compiled, of what is counted
+        held["activations"] = round(times * one.temporary) + gradients - held["gradients"]
+        collectives = None
         if self.collectives:
-            step = dataclasses.replace(step, collectives=self._deep(
-                lambda config: self._update(name, config, mesh, align, prompt, new).update
-            ))  # fmt: skip
-        each = max(two.temporary - one.temporary, 1)
+            if self.dtype != "float32":
+                compiled = whole.update.lower().compile()
+            collectives = read_collectives(compiled.as_text())
+        step = Step(f"{name} update", whole.answer_tokens, one, held["parameters"], self.dtype, collectives)
+        each = max(times * (counted(self.dtype, 2 * rows).temporary - one.temporary), 1)
 
         def fits(free: float) -> int:
             return max(0, math.floor(rows * (1 + free / each))) * self.shards
@@ -142,8 +170,8 @@ class _Planner:
         return Stage(f"{name} update", f"{work}; align.rows={align.rows}", held, [step], {"align.rows": fits})
 
     def grpo(self, prompt: int, new: int) -> list[Stage]:
-        grpo, model = self.align.grpo, programs.model(self.config, self.dtype, self.mesh, self.align)
-        train = programs.grpo(model, self.align, new, prompt)
+        grpo = self.align.grpo
+        train = self._update("grpo", self.config, self.dtype, self.mesh, self.align, prompt, new)
         held = {kind: programs.device_bytes(tree) for kind, tree in train.held.items()}
         draw = self.sampling("grpo draw", grpo.prompts * grpo.group, prompt, new, held)
         # What was sampled from, and the cache of the last draw, stay while the update runs.
@@ -151,7 +179,7 @@ class _Planner:
         return [draw, self.training("grpo", prompt, new, kept)]
 
     def sampling(self, name: str, rows: int, prompt: int, new: int, others: dict) -> Stage:
-        model = programs.model(self.config, self.dtype, self.mesh, self.adapted)
+        model = self._model(self.config, self.mesh)
         found = programs.sampling(model, rows, prompt, new)
         held = {"parameters": programs.device_bytes(model.params)} | others
         if "trained" not in others and model.lora is not None:
@@ -165,13 +193,13 @@ class _Planner:
         held["cache"] = programs.device_bytes(found.state)
 
         def made(config: DecoderConfig, mesh, rows: int) -> programs.Sampling:
-            return programs.sampling(programs.model(config, self.dtype, mesh, self.adapted), rows, prompt, new)
+            return programs.sampling(self._model(config, mesh), rows, prompt, new)
 
         steps, share = [], -(-rows // self.shards)
         for kind, tokens in (("prefill", found.tokens), ("decode", found.rows)):
             read = weights + (held["cache"] if kind == "decode" else 0)
             one = self._cost_deep(lambda config, kind=kind: getattr(made(config, self.alone, share), kind))
-            step = Step(f"{name}: {kind}", tokens, one, read, None)
+            step = Step(f"{name}: {kind}", tokens, one, read, self.dtype, None)
             if self.collectives:
                 read_of = self._deep(lambda config, kind=kind: getattr(made(config, self.mesh, rows), kind))
                 step = dataclasses.replace(step, collectives=read_of)
@@ -186,34 +214,28 @@ class _Planner:
         work = f"{found.rows} rows of {prompt:,} + {new:,} tokens, caches of {found.positions:,} positions"
         return Stage(name, work, held, steps, {"rows": fits})
 
-    def _update(self, name: str, config, mesh, align, prompt: int, new: int) -> programs.Training:
-        model = programs.model(config, self.dtype, mesh, align)
-        return programs.dpo(model, align) if name == "dpo" else programs.grpo(model, align, new, prompt)
+    def _model(self, config, mesh):
+        return programs.model(config, self.dtype, mesh, self.lora)
+
+    def _update(self, name: str, config, dtype: str, mesh, align, prompt: int, new: int) -> programs.Training:
+        model = programs.model(config, dtype, mesh, self.lora)
+        reference = model.lora if self.worn else None
+        if name == "dpo":
+            return programs.dpo(model, align, reference)
+        return programs.grpo(model, align, new, prompt, reference)
 
     def _part(self) -> DecoderConfig:
         """What one of the devices along `tensor` computes of the model."""
         names = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
         return dataclasses.replace(self.config, **{name: getattr(self.config, name) // self.tensor for name in names})
 
-    def _share(self, align, rows: int):
+    def _share(self, rows: int) -> AlignSettings:
         """What one device has of a step, with so many rows of a micro-batch."""
-        part = {"prompts": -(-align.grpo.prompts // self.shards)}
+        align = self.align
         return dataclasses.replace(
-            align, rows=rows, grpo=dataclasses.replace(align.grpo, **part),
+            align, rows=rows, grpo=dataclasses.replace(align.grpo, prompts=-(-align.grpo.prompts // self.shards)),
             dpo=dataclasses.replace(align.dpo, batch=-(-align.dpo.batch // self.shards)),
         )  # fmt: skip
-
-    def _sliced(self, found: Cost, alone: programs.Training, held: dict) -> Cost:
-        """Without the sum of gradients, which is counted by itself; and `fsdp` divides what one device alone would have
-        whole: the gradients of a micro-batch, and the weights in their dtype where they are trained themselves."""
-        whole = programs.device_bytes(alone.held["trained"])
-        temporary = found.temporary - whole - (whole - held["trained"])
-        if self.mesh.shape["fsdp"] > 1:
-            parameters = programs.device_bytes(programs.model(self._part(), self.dtype, self.alone).params)
-            if self.align.lora.rank == 0:
-                temporary -= parameters - held["parameters"]
-            temporary += parameters // self.config.num_layers * 2  # of the layer at hand and the next one
-        return Cost(found.flops, max(temporary, 0))
 
     def _cost_deep(self, make) -> Cost:
         few, more = (self._at(make, depth) for depth in DEPTHS)
@@ -243,6 +265,11 @@ class _Planner:
 
     def _compile(self, make, depth: int) -> str:
         return make(dataclasses.replace(self.config, num_layers=depth)).lower().compile().as_text()
+
+
+def _gradients(trained: int) -> int:
+    """Bytes of gradients within an update, float32 as what is trained: their sum, and those of a micro-batch."""
+    return 2 * trained
 
 
 def _sent(one: Collective) -> float:

@@ -26,7 +26,7 @@ from atp_jax.models.decoder import abstract
 from atp_jax.parallel import named_sharding, param_shardings, row_shards
 from atp_jax.plan.cost import Cost, cost
 from atp_jax.policies.types import Answer
-from atp_jax.settings import AlignSettings
+from atp_jax.settings import AlignSettings, LoraSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +92,15 @@ def whole_along_fsdp(tree):
     return jax.tree.map(whole, tree)
 
 
-def model(config: DecoderConfig, dtype, mesh, align: AlignSettings | None = None) -> Model:
-    """The model of a run, and with `align` the adapter it would be given, as shapes."""
+def model(config: DecoderConfig, dtype, mesh, lora: LoraSettings | None = None) -> Model:
+    """The model of a run as shapes, with an adapter like `lora`; None or rank 0: without one."""
     _, params = abstract(config, jnp.dtype(dtype))
     found = Model(config, None, shaped(params, param_shardings(params, mesh)), mesh)
-    if align is None or not align.lora.rank:
+    if lora is None or not lora.rank:
         return found
     # The shapes of an adapter are asked for on a device that is here: the mesh's may not be.
     here = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), mesh.axis_names)
-    made = jax.eval_shape(
-        lambda: adapters.init(config, align.lora.rank, align.lora.alpha, align.lora.targets, 0, here)
-    )  # fmt: skip
+    made = jax.eval_shape(lambda: adapters.init(config, lora.rank, lora.alpha, lora.targets, 0, here))
     return dataclasses.replace(found, lora=shaped(made, adapters.shardings(made, mesh)))
 
 
@@ -141,8 +139,9 @@ def sampling(given: Model, rows: int, prompt: int, new: int) -> Sampling:
     return Sampling(rows, positions, lines * width, weights, state, prefill, decode)
 
 
-def grpo(given: Model, align: AlignSettings, new: int, prompt: int) -> Training:
-    """An update of GRPO whose prompts and answers are all as long as they may be."""
+def grpo(given: Model, align: AlignSettings, new: int, prompt: int, reference=None) -> Training:
+    """An update of GRPO whose prompts and answers are all as long as they may be. reference: the adapter that the
+    reference wears, as `given.lora`."""
     settings = align.grpo
     count = settings.prompts * settings.group * settings.rounds
     answer = Answer("", (0,) * new, "length", 0.0, (0,) * prompt, (0.0,) * new)
@@ -151,20 +150,20 @@ def grpo(given: Model, align: AlignSettings, new: int, prompt: int) -> Training:
     batch, _ = Grpo("grpo", lambda *_: drawn, given, once, new, align.rows).batch(0, None, None)
     if settings.iterations > 1:
         batch["old"] = np.zeros_like(batch["mask"])
-    return _training(Grpo("grpo", None, given, settings, new, align.rows), batch, given, align, count)
+    return _training(Grpo("grpo", None, given, settings, new, align.rows), batch, given, align, count, reference)
 
 
-def dpo(given: Model, align: AlignSettings) -> Training:
-    """An update of DPO whose pairs are as long as they may be."""
+def dpo(given: Model, align: AlignSettings, reference=None) -> Training:
+    """An update of DPO whose pairs are as long as they may be. reference: as in `grpo`."""
     prompt, answer = align.dpo.max_prompt, align.dpo.max_length - align.dpo.max_prompt
     pair = {"prompt": [0] * prompt, "chosen": [0] * answer, "rejected": [0] * answer}
     # The losses of pairs differ in a few scalars; this one does not have a reference score the pairs first.
     settings = dataclasses.replace(align.dpo, loss="simpo")
     method = Dpo([pair] * settings.batch, given, settings, 0)
-    return _training(method, method.batch(0, None, None)[0], given, align, 2 * settings.batch)
+    return _training(method, method.batch(0, None, None)[0], given, align, 2 * settings.batch, reference)
 
 
-def _training(method, batch: dict, given: Model, align: AlignSettings, answers: int) -> Training:
+def _training(method, batch: dict, given: Model, align: AlignSettings, answers: int, reference) -> Training:
     mesh, shards = given.mesh, row_shards(given.mesh)
     together = max(shards, align.rows // method.group // shards * shards)
     by_row, whole = named_sharding(mesh, "length", "batch"), named_sharding(mesh)
@@ -196,7 +195,7 @@ def _training(method, batch: dict, given: Model, align: AlignSettings, answers: 
     )  # fmt: skip
     zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = TrainState(trainable, moments, zero, zero, zero)
-    fixed = (frozen, (given.params, None))  # the reference: the same model without the adapter
+    fixed = (frozen, (given.params, reference))
     update = Program(make_update(method.loss, optimiser).jitted(state), (state, fixed, batches))
     lengths = batch["lengths"]
     tokens = batch["prompts"].size + batch["answers"].size
