@@ -17,7 +17,7 @@ from atp_jax.align import loop, pairs
 from atp_jax.align.dpo import Dpo
 from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.chat import Chat
-from atp_jax.decisions import DECISIONS, read_decision
+from atp_jax.decisions import DECISIONS
 from atp_jax.errors import UserError
 from atp_jax.files import append, exists, mend, read_lines, write_lines
 from atp_jax.generate.sampling import Sampling
@@ -25,6 +25,7 @@ from atp_jax.lab import Lab
 from atp_jax.model import Model
 from atp_jax.models import peft
 from atp_jax.policies.model import ModelPolicy
+from atp_jax.policies.solver import Solver
 from atp_jax.probe import probe
 from atp_jax.rollout import Finished, recover
 from atp_jax.settings import GrpoSettings, Settings, flatten
@@ -44,13 +45,13 @@ def check_packs(settings: Settings, wording: dict) -> None:
 
 def collect_pairs(settings: Settings, workdir: Path, lab: Lab) -> None:
     """Writes `pairs.jsonl`: the user's own preferences, or pairs of the model's own answers under steering messages."""
-    align = settings.align
+    align, bed = settings.align, testbed(settings)
     if align.pairs.path:
         found, told = pairs.read_pairs(align.pairs.path), {"read": align.pairs.path}
     else:
         found, told = pairs.collect(
-            testbed(settings).questions(align_pack(settings), lab.wording, settings), _policy(settings, lab),
-            lambda text, asked: read_decision(text, asked.comply, asked.violate, settings.parity, settings.testbed),
+            bed.questions(align_pack(settings), lab.wording, settings), _policy(settings, lab),
+            lambda answer, asked: bed.read(answer, asked, lab.wording, settings),
             samples=align.pairs.samples, tries=align.pairs.tries, steered=align.pairs.steer, condition=PAIRS_CONDITION,
         )  # fmt: skip
     if not found:
@@ -85,10 +86,11 @@ def train_grpo(settings: Settings, workdir: Path, lab: Lab, say: Callable) -> No
 
 
 class Episodes:
-    """Draws for GRPO: groups of episodes, in the threshold game of one agent's answers to a bare question.
+    """Draws for GRPO: groups of episodes, in the threshold game of one agent's answers to a bare question, in tool use
+    of whole answers to a problem.
 
-    paid: rewarded with what the environment pays, as a share of the scenario's high payoff; else by their decisions, as
-    `rewards` of the settings says. index: what addresses their randomness.
+    paid: rewarded with what the environment pays, as a share of the scenario's high payoff; else as the testbed's
+    `training_rewards` says. index: what addresses their randomness. longest: tokens that an answer can have.
     """
 
     def __init__(
@@ -102,10 +104,11 @@ class Episodes:
         self._scenarios = scenarios
         if len(scenarios) < grpo.prompts:
             raise UserError(f"{grpo.prompts} scenarios are asked for each step, but there are only {len(scenarios)}")
-        self.longest = grpo.max_new_tokens or lab.sampling.max_new_tokens  # tokens an answer can have
+        a_turn = grpo.max_new_tokens or lab.sampling.max_new_tokens
         # Whole distributions, so that what is scored is what was sampled from.
-        sampling = Sampling(grpo.temperature, top_p=1.0, top_k=0, max_new_tokens=self.longest)
+        sampling = Sampling(grpo.temperature, top_p=1.0, top_k=0, max_new_tokens=a_turn)
         self._policy = _policy(settings, dataclasses.replace(lab, sampling=sampling))
+        self.longest = a_turn * self._policy.turns
 
     def __call__(self, number: int, params, lora) -> Draw:
         """Draw `number` (from 0): `prompts` scenarios, `group` episodes of each, all answers of all their rounds."""
@@ -124,7 +127,11 @@ class Episodes:
             answers[where], decisions[where], rewards[where] = self._live([chosen[i] for i in where], block + again)
             flat = _worthless(rewards)
         shares = {f"share_{name}": float((decisions == code).mean()) for code, name in enumerate(DECISIONS)}
-        return Draw(answers.reshape(-1).tolist(), rewards, shares | {"groups_resampled": resampled})
+        drawn = answers.reshape(-1).tolist()
+        told = shares | {"groups_resampled": resampled}
+        if self._policy.turns > 1:  # turns that nothing is learned from, see Answer
+            told["turns_left_out"] = sum(answer.left_out for answer in drawn)
+        return Draw(drawn, rewards, told)
 
     def _chosen(self, number: int) -> np.ndarray:
         """Which scenarios: every epoch goes through all once, in an order of its own, and drops the short tail."""
@@ -145,12 +152,15 @@ class Episodes:
         rewards = np.zeros((len(episodes), grpo.rounds))
         for number in range(grpo.rounds):
             said = self._policy.answer(lives.ask())
-            for row, (answer, record) in enumerate(zip(said, lives.tell(said), strict=True)):
-                answers[row, number], decisions[row, number] = answer, DECISIONS.index(record["decision"])
-                if self._paid:
-                    rewards[row, number] = record["reward"] / episodes[row].high_reward
-        if not self._paid:
-            rewards = np.asarray(grpo.rewards, float)[decisions]
+            records = lives.tell(said)
+            answers[:, number] = said
+            decisions[:, number] = [DECISIONS.index(record["decision"]) for record in records]
+            if self._paid:
+                rewards[:, number] = [
+                    record["reward"] / episode.high_reward for record, episode in zip(records, episodes, strict=True)
+                ]
+            else:
+                rewards[:, number] = testbed(self._settings).training_rewards(records, grpo)
         shape = (len(scenarios), grpo.group, grpo.rounds)
         return answers.reshape(shape), decisions.reshape(shape), rewards.reshape(shape)
 
@@ -242,15 +252,17 @@ def evolve_weights(
 def align_pack(settings: Settings) -> tuple:
     """The scenarios that are aligned on."""
     bed = testbed(settings)
-    return bed.load(settings.align.path or bed.ALIGN)
+    return bed.align_on(settings.align.path or bed.ALIGN)
 
 
 def _base(settings: Settings) -> str:
     return settings.policy.model or "atp_jax/models/organism"
 
 
-def _policy(settings: Settings, lab: Lab) -> ModelPolicy:
-    return ModelPolicy(lab.model, lab.sampling, settings.seed, settings.sampling.thinking, settings.policy.rows)
+def _policy(settings: Settings, lab: Lab) -> ModelPolicy | Solver:
+    """What gives whole answers."""
+    policy = ModelPolicy(lab.model, lab.sampling, settings.seed, settings.sampling.thinking, settings.policy.rows)
+    return testbed(settings).answering(policy, lab.wording, settings)
 
 
 def _train(method: loop.Method, settings: Settings, workdir: Path, lab: Lab, say: Callable) -> None:
@@ -266,6 +278,7 @@ def _train(method: loop.Method, settings: Settings, workdir: Path, lab: Lab, say
 def _identity(settings: Settings) -> dict:
     """What a checkpoint has to agree with: all that shapes a training."""
     groups = ("align.", "evolve.weights.", "policy.model", "policy.adapter", "policy.dtype", "sampling.")
+    groups += ("tool.",) if settings.testbed == "tool_use" else ()
     named = ("seed", "testbed", "parity", "wording", "evolve.supervision", "evolve.samples")
     return {name: value for name, value in flatten(settings).items() if name.startswith(groups) or name in named}
 

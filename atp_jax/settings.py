@@ -191,6 +191,7 @@ class GrpoSettings:
     rounds: int = 1  # of an episode; 1: single-turn, as in the paper
     credit: str = "trajectory"  # what an answer is rewarded with: the episode's return, or its own round's reward
     rewards: tuple[float, ...] = (1.0, 0.0, 0.0)  # comply, violate, unparsed
+    tool_rewards: tuple[float, ...] = (1.0, 0.5)  # in tool use, in place of these: a right answer, using the tool
     temperature: float = 1.0  # top-p and top-k are off, so that what is scored is what was sampled from
     max_new_tokens: int | None = None  # of an answer that is trained on; null: as sampling.max_new_tokens
     aggregation: str = "dapo"
@@ -422,6 +423,10 @@ def _check_align(align: AlignSettings, policy: PolicySettings) -> None:
         raise UserError(
             f"setting align.grpo.rewards must be three numbers (comply, violate, unparsed), not {grpo.rewards!r}"
         )
+    if len(grpo.tool_rewards) != 2:
+        raise UserError(
+            f"setting align.grpo.tool_rewards must be two numbers (right, with the tool), not {grpo.tool_rewards!r}"
+        )
     for name in ("steps", "prompts", "rounds", "iterations"):
         _at_least(f"align.grpo.{name}", getattr(grpo, name), 1)
     _at_least("align.grpo.group", grpo.group, 2)
@@ -498,7 +503,7 @@ def _check_tool(settings: Settings) -> None:
             raise UserError(f"settings tool.{kind}.question and tool.{kind}.answer must name columns")
     given = flatten(settings)
     for name, needed in (
-        ("evolve.mode", "context"), ("evolve.probe", ()), ("parity", "default"), ("align.method", "none")
+        ("evolve.mode", "context"), ("evolve.probe", ()), ("parity", "default"), ("align.grpo.rounds", 1)
     ):  # fmt: skip
         if given[name] != needed:
             raise UserError(f"setting {name} must be {needed!r} in tool use, not {given[name]!r}")

@@ -11,7 +11,7 @@ import small_models
 from flax import nnx
 
 from atp_jax.align.logprobs import answer_logprobs
-from atp_jax.align.rows import INPUTS, counted, rows_of
+from atp_jax.align.rows import INPUTS, rows_of
 from atp_jax.generate.engine import Engine
 from atp_jax.generate.sampling import Sampling
 from atp_jax.models import lora as adapters
@@ -74,7 +74,7 @@ def test_values_and_gradients_equal_those_of_whole_rows(model, chunk, temperatur
     (_, expected), wanted = jax.jit(jax.value_and_grad(at_once, has_aux=True))(params)
     chex.assert_trees_all_close(found, expected, atol=1e-5)
     chex.assert_trees_all_close(gradient, wanted, atol=2e-5)
-    assert not np.any(np.where(counted(rows_of(answers, GROUP)) > 0, 0, found[0]))
+    assert not np.any(np.where(rows_of(answers, GROUP)["sampled"] > 0, 0, found[0]))
 
 
 def test_gradients_in_adapters_equal_those_of_whole_rows(model):

@@ -48,7 +48,7 @@ COMPLY, VIOLATE = '{"choice": "marked way"}', '{"choice": "short way"}'
 def gather(scenarios, policy, **changes):
     how = {"samples": 2, "tries": 3, "steered": True, "condition": 1000} | changes
     wording, parity = how.pop("wording", WORDING), how.pop("parity", "default")
-    read = how.pop("read", lambda text, question: read_decision(text, question.comply, question.violate, parity))
+    read = how.pop("read", lambda answer, asked: read_decision(answer.text, asked.comply, asked.violate, parity))
     return collect(testbed.questions(scenarios, wording, Settings(parity=parity)), policy, read, **how)
 
 
@@ -261,8 +261,8 @@ def model():
 def test_a_models_answers_do_not_depend_on_the_batch_and_train_as_they_were_sampled(model, scenarios):
     """A random model names no option, so here an answer's length decides."""
 
-    def read(text, question):
-        return ("comply", "violate", "unparsed")[len(text) % 3]
+    def read(answer, question):
+        return ("comply", "violate", "unparsed")[len(answer.text) % 3]
 
     seen = []
 

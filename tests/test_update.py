@@ -248,7 +248,7 @@ from pathlib import Path
 import chex, jax, jax.numpy as jnp, numpy as np
 import small_models
 from atp_jax.align.logprobs import answer_logprobs
-from atp_jax.align.rows import INPUTS, counted, rows_of
+from atp_jax.align.rows import INPUTS, rows_of
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import init_state, make_optimiser, make_update, micro_batches
 from atp_jax.checkpoint import Checkpoints
@@ -260,7 +260,7 @@ draw = np.random.default_rng(0)
 prompts = draw.integers(0, 64, (14, 3)).tolist()
 answers = [(prompts[i // 2], draw.integers(0, 64, draw.integers(2, 10)).tolist()) for i in range(28)]
 batch = rows_of(answers, 2)
-mask = counted(batch)
+mask = batch["sampled"]
 batch["weight"] = mask / mask.sum()
 optimiser = make_optimiser(1e-3, "constant", 10, max_grad_norm=0.1)
 lies = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]

@@ -59,8 +59,9 @@ class Dpo:
         s = self._settings
         params, lora = join(trainable, fixed[0])
         logprobs, _ = answer_logprobs(params, lora, *(micro[name] for name in INPUTS), 1.0, graphdef=self._graphdef)
+        sampled = micro["sampled"]
         (chosen, rejected), (ref_chosen, ref_rejected), (chosen_length, rejected_length) = (
-            x.T for x in (logprobs.sum(2), micro["reference"], micro["lengths"].astype(jnp.float32))
+            x.T for x in ((logprobs * sampled).sum(2), micro["reference"], sampled.sum(2))
         )
         weight = micro["weight"]
         losses = preference_loss(
@@ -82,21 +83,22 @@ class Dpo:
 
 def layout(pairs: Sequence) -> dict[str, np.ndarray]:
     """Tokenised pairs as rows (align/rows.py): answer 0 is the chosen one, answer 1 the rejected."""
-    return rows_of([(pair["prompt"], answer) for pair in pairs for answer in (pair["chosen"], pair["rejected"])], 2)
+    halves = [(pair, half) for pair in pairs for half in ("chosen", "rejected")]
+    return rows_of([(pair["prompt"], pair[half], pair.get(f"{half}_sampled", ())) for pair, half in halves], 2)
 
 
 def score(model: Model, rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Log-probability of each answer of each row under a model: float32 [N, G]."""
+    """Log-probability of what was sampled of each answer of each row, under a model: float32 [N, G]."""
     graphdef, _ = abstract(model.config, mesh=model.mesh)
 
     @jax.jit
-    def sums(params, lora, *inputs):
-        return answer_logprobs(params, lora, *inputs, 1.0, graphdef=graphdef)[0].sum(2)
+    def sums(params, lora, sampled, *inputs):
+        return (answer_logprobs(params, lora, *inputs, 1.0, graphdef=graphdef)[0] * sampled).sum(2)
 
     count, done = len(rows["prompts"]), []
     size = max(1, SCORED // rows["answers"].shape[1])
     for begin in range(0, count, size):
-        part = [rows[name][begin : begin + size] for name in INPUTS]
+        part = [rows[name][begin : begin + size] for name in ("sampled", *INPUTS)]
         short = size - len(part[0])
         done.append(
             fetch(

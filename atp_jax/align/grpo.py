@@ -14,7 +14,7 @@ import numpy as np
 
 from atp_jax.align.logprobs import answer_logprobs
 from atp_jax.align.losses import advantages, k3, policy_loss, token_weights
-from atp_jax.align.rows import INPUTS, counted, rows_of
+from atp_jax.align.rows import INPUTS, rows_of
 from atp_jax.align.trainable import join
 from atp_jax.model import Model
 from atp_jax.models.decoder import abstract
@@ -120,9 +120,9 @@ class Grpo:
         kept = np.zeros(prompts, bool)
         kept[np.argsort(-spread, kind="stable")[: max(1, round(s.keep * prompts))]] = True
 
-        rows = rows_of([(answer.prompt, answer.tokens) for answer in drawn.answers], self.group)
+        rows = rows_of([(answer.prompt, answer.tokens, answer.sampled) for answer in drawn.answers], self.group)
         answers = rows["lengths"].shape
-        mask = counted(rows) * np.repeat(kept, group * rounds).reshape(answers)[..., None].astype(np.float32)
+        mask = rows["sampled"] * np.repeat(kept, group * rounds).reshape(answers)[..., None].astype(np.float32)
         rows["mask"] = mask
         rows["advantages"] = gains.reshape(answers).astype(np.float32)
         rows["weights"] = np.asarray(token_weights(_by_answer(mask), s.aggregation, self._longest)).reshape(mask.shape)
@@ -131,7 +131,7 @@ class Grpo:
             rows["sampler"][place][: len(answer.tokens)] = answer.logprobs
         if self.iterations > 1:
             rows["old"] = fetch(self._score(params, lora, *(rows[name] for name in INPUTS))).reshape(mask.shape)
-        lengths = np.array([len(answer.tokens) for answer in drawn.answers])
+        lengths = np.array([answer.length for answer in drawn.answers])
         cut = np.array([answer.finish == "length" for answer in drawn.answers])
         returns = drawn.rewards.sum(2)
         logged = {

@@ -153,7 +153,7 @@ def train(
             step += 1
             line = {"stage": method.name, "step": step} | logged | method.measures(batch, metrics, outputs)
             line |= {"batch_s": round(drawn - began, 3), "update_s": round(ended - drawn, 3)}
-            tokens = int(batch["lengths"].sum())
+            tokens = int(batch["sampled"].sum())
             line |= {"tokens": tokens, "tokens_per_s": round(tokens / (ended - began), 1)}
             line |= {"update_tokens_per_s": round(tokens / (ended - drawn), 1)}
             line["compilations"] = compilations.count - compiled

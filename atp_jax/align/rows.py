@@ -12,23 +12,25 @@ PROMPT = {"steps": 4, "smallest": 64, "multiple": 32}  # 64, 96, 128, 160, 192, 
 ANSWER = {"steps": 2, "smallest": 16}  # 16, 24, 32, 48, 64, 96, ...
 
 
-def rows_of(answers: Sequence[tuple[Sequence[int], Sequence[int]]], group: int) -> dict[str, np.ndarray]:
-    """(prompt ids, answer ids) of N x group answers, `group` after one another having the same prompt -> prompts int32
-    [N, P], prompt_lengths int32 [N], answers int32 [N, group, C], lengths int32 [N, group]; P and C are buckets."""
-    prompts = [prompt for prompt, _ in answers[::group]]
-    assert all(list(prompt) == list(prompts[i // group]) for i, (prompt, _) in enumerate(answers))
-    lengths = np.array([len(answer) for _, answer in answers], np.int32)
+def rows_of(answers: Sequence[tuple], group: int) -> dict[str, np.ndarray]:
+    """Rows of N x group answers, `group` after one another having the same prompt.
+
+    answers: (prompt ids, answer ids), or (prompt ids, answer ids, sampled) with 0 for each of an answer's tokens that
+    the model did not say itself (what a tool gave back) and 1 for the others; empty: it said all. -> prompts int32
+    [N, P], prompt_lengths int32 [N], answers int32 [N, group, C], lengths int32 [N, group], and sampled float32
+    [N, group, C], 1 where a token counts; P and C are buckets.
+    """
+    prompts = [prompt for prompt, *_ in answers[::group]]
+    assert all(list(prompt) == list(prompts[i // group]) for i, (prompt, *_) in enumerate(answers))
     asked, prompt_lengths = _padded(prompts, PROMPT)
-    said, _ = _padded([answer for _, answer in answers], ANSWER)
+    said, lengths = _padded([answer for _, answer, *_ in answers], ANSWER)
+    marks = [mark[0] if mark and len(mark[0]) else [1] * len(answer) for _, answer, *mark in answers]
+    sampled, marked = _padded(marks, ANSWER)
+    assert (marked == lengths).all()
     return {
         "prompts": asked, "prompt_lengths": prompt_lengths, "answers": said.reshape(len(prompts), group, -1),
-        "lengths": lengths.reshape(-1, group),
+        "lengths": lengths.reshape(-1, group), "sampled": sampled.reshape(len(prompts), group, -1).astype(np.float32),
     }  # fmt: skip
-
-
-def counted(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """1 where a token of an answer stands: float32 [N, group, C]."""
-    return (np.arange(rows["answers"].shape[2]) < rows["lengths"][..., None]).astype(np.float32)
 
 
 def _padded(lines: Sequence[Sequence[int]], ladder: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ class ModelPolicy:
     and a run that was interrupted goes on as if it had not been.
     """
 
+    turns = 1  # that an answer has
+
     def __init__(
         self, model: Model, sampling: Sampling, seed: int, thinking: bool | None = None, rows: int | None = None
     ):

@@ -40,6 +40,11 @@ class Answer:
 
     A policy that can be trained on its answers also says which ids it was shown and each sampled id's log-probability.
     An answer that was read back may say what the tool `results` were that it called for.
+
+    An answer may have taken several turns (`policies/solver.py`). Then text and finish are those of its last turn,
+    `before` holds the messages that came first (what was said, with its ids, and what the tool gave back), `tokens` is
+    everything from the first sampled id to the last, and `sampled` says which of them the policy said itself: 0 or 1 a
+    token, empty where all were. `left_out`: so many turns at its end are not in `tokens`.
     """
 
     text: str
@@ -49,6 +54,33 @@ class Answer:
     prompt: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     results: tuple[str, ...] | None = None
+    sampled: tuple[int, ...] = ()
+    before: tuple[dict, ...] = ()
+    left_out: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy said itself."""
+        return sum(self.sampled) if self.sampled else len(self.tokens)
+
+
+def follow(turns: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[int], list[int], int]:
+    """Turns as one answer: of (prompt ids, answer ids) of each, all that follows the first prompt, 1 for what was
+    answered and 0 for what stands between, and how many turns this holds.
+
+    It ends before the first turn whose prompt does not begin with what came before: a chat template may show an earlier
+    turn otherwise than it was said, and then nobody has ever answered to the whole.
+    """
+    begin = list(turns[0][0])
+    ids: list[int] = []
+    sampled: list[int] = []
+    for held, (prompt, answer) in enumerate(turns):
+        if list(prompt[: len(begin) + len(ids)]) != begin + ids:
+            return ids, sampled, held
+        between = list(prompt[len(begin) + len(ids) :])
+        ids += [*between, *answer]
+        sampled += [0] * len(between) + [1] * len(answer)
+    return ids, sampled, len(turns)
 
 
 class Policy(Protocol):

@@ -66,7 +66,7 @@ def neutral(wording: dict) -> dict:
 class Attempt:
     """One problem as an agent works on it: answers, calls and results, until there is an answer that calls nothing."""
 
-    problem: Problem
+    problem: Problem | None  # None: whoever asks knows it
     max_calls: int
     tool: bool = True  # false: there is none, and nothing is run
     measured: bool = True  # false: experience

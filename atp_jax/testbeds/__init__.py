@@ -2,8 +2,9 @@
 
 A testbed is a module with the same names: `ALIGN`, `VALIDATION` (its packs to align on), `TOGETHER` (whether all
 conditions of a model are answered as one batch), `FIRST` (the number of the first round), `load`, `scenarios`, `notes`,
-`conditions`, `asked`, `Lives`, `Alone` (lives of one agent that are aligned and looked at), `questions`, `summarise`.
-Tool use cannot be aligned on yet, so it has no `Alone` and no `questions`.
+`conditions`, `asked`, `Lives`, `summarise`; and for alignment `align_on` (what a file holds to align on), `questions`,
+`Alone` (lives of one agent that are aligned and looked at), `answering` (what makes whole answers of a policy's turns),
+`read` (which half of a pair an answer can be) and `training_rewards` (what GRPO pays for the records of a round).
 """
 
 from types import ModuleType

@@ -13,14 +13,15 @@ from atp_jax.scenarios import role_play as words
 from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play, warnings
 from atp_jax.scenarios.wording import steer
 from atp_jax.settings import CONTROLS, Settings
-from atp_jax.testbeds.types import Condition, Question, exact, record
+from atp_jax.testbeds.types import Condition, Question, at_once, by_decision, exact, read_option, record
 
 __all__ = ["ALIGN", "VALIDATION"]
 AGENT = 0  # there is one an episode
 TOGETHER = False
 FIRST = 1  # the number of the first round
 
-load = load_role_play
+load = align_on = load_role_play
+answering, read, training_rewards = at_once, read_option, by_decision
 
 
 def scenarios(settings: Settings) -> tuple[Scenario, ...]:

@@ -17,14 +17,15 @@ from atp_jax.scenarios import threshold_game as words
 from atp_jax.scenarios.games import ALIGN, VALIDATION, Game, load_games
 from atp_jax.scenarios.wording import steer
 from atp_jax.settings import Settings
-from atp_jax.testbeds.types import Condition, Question, exact, record
+from atp_jax.testbeds.types import Condition, Question, at_once, by_decision, exact, read_option, record
 
 __all__ = ["ALIGN", "VALIDATION"]
 TOGETHER = True
 FIRST = 1  # the number of the first round
 TESTBED = "threshold_game"
 
-load = load_games
+load = align_on = load_games
+answering, read, training_rewards = at_once, read_option, by_decision
 
 
 def scenarios(settings: Settings) -> tuple[Game, ...]:

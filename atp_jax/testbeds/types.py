@@ -8,8 +8,10 @@ from typing import Protocol
 
 import jax
 
+from atp_jax.decisions import DECISIONS, read_decision
 from atp_jax.errors import UserError
 from atp_jax.policies.types import Answer, Request
+from atp_jax.settings import GrpoSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,23 @@ class Question:
     comply: str  # the options
     violate: str
     steering: dict[str, str]  # decision -> what is said after the question to get it; empty: nothing
+    tools: tuple[dict, ...] = ()  # that may be called
+    answer: str = ""  # the right one, where there is one
+
+
+def at_once(policy, wording: dict, settings: Settings):
+    """`answering` of a testbed whose questions take one turn."""
+    return policy
+
+
+def read_option(answer: Answer, question: Question, wording: dict, settings: Settings) -> str:
+    """`read` of a testbed whose answers name an option."""
+    return read_decision(answer.text, question.comply, question.violate, settings.parity, settings.testbed)
+
+
+def by_decision(records: Sequence[dict], grpo: GrpoSettings) -> list[float]:
+    """`training_rewards` of a testbed where the decision is all that counts."""
+    return [grpo.rewards[DECISIONS.index(record["decision"])] for record in records]
 
 
 @contextmanager
