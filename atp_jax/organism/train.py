@@ -2,8 +2,9 @@
 
 Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
 the rest; warm-up, a constant learning rate, then a linear decay to zero. First role-play stories alone, then, with a
-schedule of its own, chunks in which half the tokens are stories of threshold games. Stories are drawn afresh for
-every chunk from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command
+schedule of its own, chunks in which half the tokens are stories of threshold games; and, if it is asked for, a third
+phase in the same way, in which half the tokens are stories of tool use. Stories are drawn afresh for every chunk from
+(seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command
 goes on where it stopped.
 """
 
@@ -24,7 +25,7 @@ from atp_jax.checkpoint import Checkpoints
 from atp_jax.models import huggingface
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import Decoder
-from atp_jax.organism import games
+from atp_jax.organism import games, tools
 from atp_jax.organism.stories import LEXICON, stories
 from atp_jax.organism.tokenizer import END, START, train_tokenizer
 from atp_jax.scenarios.wording import load_wording
@@ -47,6 +48,9 @@ ROLE_PLAY_STORIES, GAME_STORIES = 512, 384
 GAME_BUCKETS = (*BUCKETS, (960, 11), (1152, 9))
 GAME_LEARNING_RATE = 1.5e-3
 GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
+# The third phase, with the second's schedule: half the tokens are tool use, a quarter each role-play and games.
+THIRD = {"role_play": 288, "game": 216, "tool": 320}  # stories
+TOOL_BUCKETS = (*GAME_BUCKETS, (1408, 7))
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -143,11 +147,14 @@ def learning_rate(progress: float, peak=LEARNING_RATE, warm_up=WARM_UP, decay=DE
     return peak * min(1.0, progress / warm_up, (1.0 - progress) / decay)
 
 
-def scheduled_rate(time: float, chunks: int, game_chunks: int) -> float:
+def scheduled_rate(time: float, chunks: int, game_chunks: int, tool_chunks: int = 0) -> float:
     """The learning rate after `time` chunks: each phase has a trapezoid of its own."""
     if time < chunks:
         return learning_rate(time / chunks)
-    return learning_rate((time - chunks) / game_chunks, GAME_LEARNING_RATE, GAME_WARM_UP, GAME_DECAY)
+    begun, lasting = chunks, game_chunks
+    if tool_chunks and time >= chunks + game_chunks:
+        begun, lasting = chunks + game_chunks, tool_chunks
+    return learning_rate((time - begun) / lasting, GAME_LEARNING_RATE, GAME_WARM_UP, GAME_DECAY)
 
 
 def role_play_lessons(tokenizer, wording: dict, seed: int, chunk: int, count: int) -> tuple[list, int]:
@@ -156,13 +163,21 @@ def role_play_lessons(tokenizer, wording: dict, seed: int, chunk: int, count: in
     return [("agent_loss", batch) for batch in batches(rows, chunk)], sum(len(ids) for ids, _ in rows)
 
 
-def mixed_lessons(tokenizer, wording: dict, seed: int, chunk: int) -> tuple[list, int]:
-    """The same of a chunk of the second phase: batches of games stand among those of role-play."""
-    seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, ROLE_PLAY_STORIES)
-    rows = encode(tokenizer, games.stories(_drawn_from(seed, chunk), GAME_STORIES, wording))
-    seen += [("game_agent_loss", batch) for batch in batches(rows, chunk, GAME_BUCKETS)]
+def mixed_lessons(
+    tokenizer, wording: dict, seed: int, chunk: int, role_play=ROLE_PLAY_STORIES, game=GAME_STORIES, tool=0
+) -> tuple[list, int]:
+    """The same of a chunk of the later phases, of so many stories of each kind; batches of all kinds are mixed."""
+    seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, role_play)
+    drawn = _drawn_from(seed, chunk)
+    told = [("game_agent_loss", games.stories(drawn, game, wording), GAME_BUCKETS)]
+    if tool:
+        told.append(("tool_agent_loss", tools.stories(drawn, tool, wording), TOOL_BUCKETS))
+    for name, lives, buckets in told:
+        rows = encode(tokenizer, lives)
+        seen += [(name, batch) for batch in batches(rows, chunk, buckets)]
+        tokens += sum(len(ids) for ids, _ in rows)
     np.random.default_rng(chunk).shuffle(seen)
-    return seen, tokens + sum(len(ids) for ids, _ in rows)
+    return seen, tokens
 
 
 def _drawn_from(seed: int, chunk: int) -> int:
@@ -221,11 +236,12 @@ def _tokenizer(directory: Path, wording: dict):
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def train(out: Path, workdir: Path, seed: int, chunks: int, game_chunks: int) -> None:
+def train(out: Path, workdir: Path, seed: int, chunks: int, game_chunks: int, tool_chunks: int = 0) -> None:
     """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`."""
     workdir.mkdir(parents=True, exist_ok=True)
     wording = load_wording()
-    load_wording("", "threshold_game")  # the same pack: checks the part for games
+    for part in ("threshold_game", "tool_use"):  # the same pack: checks these parts of it
+        load_wording("", part)
     tokenizer = _tokenizer(workdir / "tokenizer", wording)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = DecoderConfig.from_dict(MODEL | {"eos_token_id": end, "pad_token_id": pad}, "the organism")
@@ -236,15 +252,16 @@ def train(out: Path, workdir: Path, seed: int, chunks: int, game_chunks: int) ->
 
     with Checkpoints(workdir / "checkpoints") as checkpoints, (workdir / "metrics.jsonl").open("a") as metrics:
         done, state, _ = checkpoints.latest(state) or (0, state, {})
-        for chunk in range(done, chunks + game_chunks):
+        for chunk in range(done, chunks + game_chunks + tool_chunks):
             began = time.monotonic()
             if chunk < chunks:
                 seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, STORIES_PER_CHUNK)
             else:
-                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk)
+                counts = THIRD if chunk >= chunks + game_chunks else {}
+                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk, **counts)
             losses = {"loss": [], "agent_loss": []}
             for i, (name, batch) in enumerate(seen):
-                rate = scheduled_rate(chunk + (i + 0.5) / len(seen), chunks, game_chunks)
+                rate = scheduled_rate(chunk + (i + 0.5) / len(seen), chunks, game_chunks, tool_chunks)
                 state["params"], state["optimiser"], loss, agent = step(
                     state["params"], state["optimiser"], *batch, rate)
                 losses["loss"].append(loss)
@@ -268,7 +285,8 @@ def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    train(Path(values.out), Path(values.workdir), values.seed, values.chunks, values["game-chunks"].value)
+    later = (values[f"{kind}-chunks"].value for kind in ("game", "tool"))
+    train(Path(values.out), Path(values.workdir), values.seed, values.chunks, *later)
 
 
 if __name__ == "__main__":
@@ -277,4 +295,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
     flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     flags.DEFINE_integer("game-chunks", 34, "how many chunks after that are half threshold games", lower_bound=0)
+    flags.DEFINE_integer("tool-chunks", 0, "how many chunks after these are half tool use", lower_bound=0)
     app.run(main)
