@@ -201,8 +201,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         join(arguments)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return processes.end(2, "error: " + " ".join(str(error).split()))
     with contextlib.ExitStack() as stack:
         if not processes.leads():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

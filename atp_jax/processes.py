@@ -4,11 +4,12 @@ Every process runs the same program on the same prompts, pairs and rewards and h
 (parallel.py). Process 0 alone prints and writes text files, and it alone reads them: what it finds in the workdir it
 tells the others (`share`), so that all decide alike whatever a shared disk shows to whom and when.
 
-Beside the connections of JAX, each process keeps one to process 0. It carries those texts, the word that somebody was
-asked to stop, and the end: an error in one process ends all with the same exit status, shown once; a process that
-dies closes its connection, which the others notice at once, also while they wait for it inside a computation. A host
-that vanishes without closing anything is given up after about half a minute (TCP), a process that hangs after
-HEARTBEAT seconds (JAX, which then aborts).
+Beside the connections of JAX, each process keeps one to process 0, from before JAX has any. It carries those texts, the
+word that somebody was asked to stop, and the end: an error in one process ends all with the same exit status, shown
+once; a process that dies closes its connection, which the others notice at once, also while they wait for it inside a
+computation, or for a third one to start. Of a process that never came nobody can know why: it is waited for START
+seconds. A host that vanishes without closing anything is given up after about half a minute (TCP), a process that hangs
+after HEARTBEAT seconds (JAX, which then aborts).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import secrets
 import socket
 import struct
@@ -91,11 +93,8 @@ def _number(flag: str, value: str) -> int:
 def _of_slurm(environ: Mapping[str, str]) -> Launch:
     """A task of srun. The first host of the step is the coordinator; a task that has its host for itself has all its
     devices, one of several on a host has the one of its own number."""
-    nodes = environ["SLURM_STEP_NODELIST"]  # a01 | a01,b07 | a[01,04-07],b07 | a[01-07]
-    head, bracket, rest = nodes.partition("[")
-    first = nodes.partition(",")[0]
-    if bracket and "," not in head:
-        first = head + rest.replace("-", ",").replace("]", ",").partition(",")[0]
+    nodes = environ["SLURM_STEP_NODELIST"]  # a01 | a01,b07 | a[01,04-07],b07 | a[1-2]n[01-07]
+    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
     count, port = int(environ["SLURM_STEP_NUM_TASKS"]), 61000 + int(environ["SLURM_JOB_ID"]) % 4000
     shared = count > int(environ.get("SLURM_STEP_NUM_NODES", count))
     own = (int(environ["SLURM_LOCALID"]),) if shared else None
@@ -107,8 +106,12 @@ class _Line:
 
     def __init__(self, connection: socket.socket):
         self._socket, self._lock = connection, threading.Lock()
-        options = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_NODELAY": 1}
-        for name, value in options.items():  # TCP_KEEP* are not everywhere; TCP_NODELAY: messages are small
+        options = {
+            "SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4,
+            "TCP_USER_TIMEOUT": 30_000,  # milliseconds; while something is on its way nothing else asks for a sign
+            "TCP_NODELAY": 1,  # messages are small
+        }  # fmt: skip
+        for name, value in options.items():  # not all of them are everywhere
             if hasattr(socket, name):
                 level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
                 connection.setsockopt(level, getattr(socket, name), value)
@@ -192,13 +195,20 @@ class _Leader:
 
     index = 0
 
-    def __init__(self, lines: Mapping[int, _Line]):
-        self._lines = lines
-        self._words = {place: queue.SimpleQueue() for place in lines}
-        self._left = {place: threading.Event() for place in lines}
+    def __init__(self):
+        self._lines: dict[int, _Line] = {}
+        self._words: dict[int, queue.SimpleQueue] = {}
+        self._left: dict[int, threading.Event] = {}
         self._failures: list[_Failure] = []
-        for place in lines:
-            threading.Thread(target=self._listen, args=(place,), daemon=True).start()
+
+    def add(self, place: int, line: _Line) -> None:
+        """Process `place` has come, and is listened to from here on."""
+        self._words[place], self._left[place] = queue.SimpleQueue(), threading.Event()
+        self._lines[place] = line
+        threading.Thread(target=self._listen, args=(place,), daemon=True).start()
+
+    def here(self) -> set[int]:
+        return set(self._lines)
 
     def _listen(self, place: int) -> None:
         try:
@@ -234,7 +244,7 @@ class _Leader:
         self._tell(BYE)
 
     def _tell(self, kind: bytes, content: bytes = b"") -> None:
-        for line in self._lines.values():
+        for line in list(self._lines.values()):  # others may be coming
             try:
                 line.send(kind, content)
             except OSError:
@@ -262,71 +272,110 @@ _here: _Member | _Leader | None = None
 def connect(launch: Launch) -> None:
     """Joins the other processes, before anything else asks JAX for its devices. UserError where they do not come."""
     global _here
-    named = {
-        "coordinator_address": launch.coordinator, "num_processes": launch.count, "process_id": launch.index,
-        "local_device_ids": launch.devices, "cluster_detection_method": "deactivate",
-    }  # fmt: skip
     # JAX would take SIGTERM for itself; here it is heard by interrupt.py, and the others are told (`first`).
     jax.config.update("jax_enable_preemption_service", False)
     where = f"{launch.count} processes at {launch.coordinator}" if launch.coordinator else "processes of this TPU"
-    # JAX itself would abort the process with a trace.
-    waited = threading.Timer(START, leave, (2, f"error: the {where} did not come together within {START} s"))
+
+    def late() -> None:  # JAX itself would abort the process with a trace
+        message = f"error: the {where} did not come together within {START} s"
+        if isinstance(_here, _Leader) and (missing := set(range(1, launch.count)) - _here.here()):
+            message += f"; missing: {', '.join(map(str, sorted(missing)))}"
+        if _here is not None:
+            _here.fail(2, message)
+        leave(2, message)
+
+    waited = threading.Timer(START, late)
     waited.start()
     try:
-        jax.distributed.initialize(
-            **(named if launch.coordinator else {}), initialization_timeout=2 * START,
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
+        asked = {"initialization_timeout": 2 * START, "heartbeat_timeout_seconds": HEARTBEAT}
+        if launch.coordinator:
+            asked |= {"coordinator_address": _meet(launch), "num_processes": launch.count, "process_id": launch.index}
+            asked |= {"local_device_ids": launch.devices, "cluster_detection_method": "deactivate"}
+        jax.distributed.initialize(**asked)
+        if _here is None and jax.process_count() > 1:
+            _meet_by_devices()
+        jax.local_devices()  # what is wrong with them is said here
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the {where} cannot join: {str(error).partition(chr(10))[0]}") from error
     finally:
         waited.cancel()
-    if jax.process_count() == 1:
-        return
-    host = launch.coordinator.rpartition(":")[0].strip("[]") or socket.gethostname()
-    if jax.process_index() == 0:
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        dual = family == socket.AF_INET6
-        with socket.create_server(("", 0), family=family, backlog=jax.process_count(), dualstack_ipv6=dual) as server:
-            token = secrets.token_hex(16)
-            _announce([host, server.getsockname()[1], token])
-            _here = _Leader(_receive(server, token))
-        return
-    host, port, token = _announce(None)
-    line = _Line(socket.create_connection((host, port), timeout=START))
-    line._socket.settimeout(None)
-    line.send(TEXT, json.dumps([token, jax.process_index()]).encode())
-    _here = _Member(jax.process_index(), line)
 
 
-def _announce(address: list | None) -> list:
-    """What process 0 says, through the devices: the one way that leads everywhere already."""
+def _meet(launch: Launch) -> str:
+    """Lines between process 0 and all others, at the coordinator's address. -> the address for JAX's own service."""
+    global _here
+    host, _, port = launch.coordinator.rpartition(":")
+    if launch.index:
+        _here = _follow(host.strip("[]"), int(port), launch.index, launch.coordinator)
+    else:
+        _here = _Leader()
+        with _serve(int(port)) as server:
+            _gather(_here, server, launch.count, launch.coordinator)
+
+    def free() -> bytes:
+        with _serve(0) as server:
+            return f"{host}:{server.getsockname()[1]}".encode()
+
+    return share(free).decode()
+
+
+def _meet_by_devices() -> None:
+    """The same where JAX found the others by itself: process 0 says through the devices where it waits."""
+    global _here
     room = np.zeros(512, np.uint8)
-    if address is not None:
-        content = json.dumps(address).encode()
-        room[: len(content)] = np.frombuffer(content, np.uint8)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0"))
+    if jax.process_index() == 0:
+        _here = _Leader()
+        with _serve(0) as server:
+            token = secrets.token_hex(16)
+            content = json.dumps([socket.gethostname(), server.getsockname()[1], token]).encode()
+            room[: len(content)] = np.frombuffer(content, np.uint8)
+            multihost_utils.broadcast_one_to_all(room)
+            _gather(_here, server, jax.process_count(), token)
+        return
+    host, port, token = json.loads(bytes(multihost_utils.broadcast_one_to_all(room)).rstrip(b"\0"))
+    _here = _follow(host, port, jax.process_index(), token)
 
 
-def _receive(server: socket.socket, token: str) -> dict[int, _Line]:
-    """The lines to all others; whoever does not know the token is none of them."""
-    lines: dict[int, _Line] = {}
-    server.settimeout(START)
-    while len(lines) < jax.process_count() - 1:
-        try:
-            connection, _ = server.accept()
-        except TimeoutError as error:
-            raise UserError(f"only {len(lines) + 1} of {jax.process_count()} processes reached process 0") from error
+def _serve(port: int) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=128, dualstack_ipv6=dual)
+
+
+def _gather(leader: _Leader, server: socket.socket, count: int, token: str) -> None:
+    """Returns when all others have come; whoever does not know the token is none of them. UserError where two say that
+    they are the same one."""
+    while len(leader.here()) < count - 1:
+        connection, _ = server.accept()
         connection.settimeout(10)
         line = _Line(connection)
         try:
-            said, place = json.loads(line.receive()[1])
-        except (OSError, ValueError, TypeError):
+            said, _, place = line.receive()[1].rpartition(b" ")
+            place = int(place)
+        except (OSError, ValueError):
+            said = b""
+        if not secrets.compare_digest(said, token.encode()):
+            connection.close()
             continue
-        if secrets.compare_digest(said, token):
-            connection.settimeout(None)
-            lines[place] = line
-    return lines
+        if place in leader.here():
+            line.send(END, bytes([2]))
+            raise UserError(f"two processes say --process_id={place}; each needs its own, from 0 to {count - 1}")
+        connection.settimeout(None)
+        leader.add(place, line)
+
+
+def _follow(host: str, port: int, index: int, token: str) -> _Member:
+    """The line to process 0, which may come later than this one."""
+    while True:
+        try:
+            connection = socket.create_connection((host, port), timeout=10)
+            break
+        except OSError:
+            time.sleep(0.5)
+    connection.settimeout(None)
+    line = _Line(connection)
+    line.send(TEXT, f"{token} {index}".encode())
+    return _Member(index, line)
 
 
 def count() -> int:

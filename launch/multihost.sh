@@ -8,8 +8,9 @@ usage: [ATP_EXTRA=cuda12] ./launch/multihost.sh --coordinator=HOST:PORT --proces
            --config=FILE --workdir=DIRECTORY [ARGUMENT...]
 
 Run on each of N hosts with the same arguments but its own I, from 0 to N - 1. HOST is host 0 as the others reach it,
-PORT any free port there. Makes .venv, installs atp_jax with the extras in ATP_EXTRA (cuda12, cuda13, tpu), and runs
-`python -m atp_jax` as process I on all devices of this host.
+PORT any free port there; JAX takes another one beside it, so no firewall may stand between the hosts. Makes .venv,
+installs atp_jax with the extras in ATP_EXTRA (cuda12, cuda13, tpu), and runs `python -m atp_jax` as process I on all
+devices of this host.
 DIRECTORY, the model and the data must be the same files on all hosts. The same commands again resume.
 --dry_run shows what would be done, and does nothing.
 USAGE
