@@ -112,8 +112,11 @@ class Episodes:
 
     def __call__(self, number: int, params, lora) -> Draw:
         """Draw `number` (from 0): `prompts` scenarios, `group` episodes of each, all answers of all their rounds."""
+        with self._policy.wearing(params, lora):
+            return self._drawn(number)
+
+    def _drawn(self, number: int) -> Draw:
         grpo = self._grpo
-        self._policy.load(params, lora)
         chosen = [self._scenarios[i] for i in self._chosen(number)]
         block = number * (grpo.resample + 1)
         answers, decisions, rewards = self._live(chosen, block)
@@ -184,9 +187,9 @@ def first_round(settings: Settings, lab: Lab) -> Callable:
     policy = _policy(settings, lab)
 
     def rate(step: int, params, lora) -> float:
-        policy.load(params, lora)
         lives = bed.Alone(Condition(LOOKS, "validation", "", "none"), episodes, lab.wording, settings)
-        records = lives.tell(policy.answer(lives.ask()))
+        with policy.wearing(params, lora):
+            records = lives.tell(policy.answer(lives.ask()))
         return sum(record["decision"] == "violate" for record in records) / len(records)
 
     return rate
@@ -222,10 +225,10 @@ def evolve_weights(
         number = -(-step // weights.measure_every) + 1  # the last round may come after fewer updates
         del everything[(number - 1) * len(episodes) :]  # measured before the run was interrupted: measure again
         began = time.perf_counter()
-        policy.load(params, lora)
         cell = dataclasses.replace(condition, index=condition.index + number)
         lives = testbed(settings).Lives(cell, episodes, lab.wording, once)
-        records = [r | {"round": number, "updates": step} for r in lives.tell(policy.answer(lives.ask()))]
+        with policy.wearing(params, lora):
+            records = [r | {"round": number, "updates": step} for r in lives.tell(policy.answer(lives.ask()))]
         everything.extend(records)
         write_lines(path, everything)
         if evolve.probe:

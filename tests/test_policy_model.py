@@ -1,6 +1,7 @@
 """The model as a policy: addressed randomness, sampled ids kept, rounds recalled, batches, too long prompts."""
 
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -142,3 +143,17 @@ def test_a_prompt_longer_than_the_context_names_its_request(model):
             ask(asked)
     with pytest.raises(UserError, match="policy.rows must be at least 1, not 0"):
         ModelPolicy(model, SAMPLING, SEED, rows=0)
+
+
+def test_what_it_wore_for_a_while_leaves_no_cache_behind(model):
+    """The update that follows a draw has that memory."""
+
+    def caches():
+        gc.collect()  # what other tests left
+        return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4 and not x.is_deleted())
+
+    policy, before = ModelPolicy(model, SAMPLING, SEED), caches()
+    with policy.wearing(model.params, model.lora):
+        policy.answer(requests())
+        assert caches() > before
+    assert caches() == before

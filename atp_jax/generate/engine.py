@@ -218,8 +218,8 @@ class Engine:
         self.memory = spare_memory(held, mesh) if memory is None else memory
 
     def forget(self) -> None:
-        """The next batch starts anew."""
-        self._prompts = []
+        """The next batch starts anew; the memory of the cache is free until then."""
+        self._state, self._prompts = None, []
 
     def load(self, params, lora: Lora | None) -> None:
         """Other weights of the same shapes from now on; nothing is remembered, nothing compiled anew."""
@@ -242,7 +242,6 @@ class Engine:
         self._check(prompts)
         budgets = self._budgets(prompts, sampling)
         if not self._all_fit(prompts, budgets, rows):
-            self._state = None
             self.forget()
             return
         rows = self._rows(len(prompts))

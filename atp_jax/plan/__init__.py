@@ -174,8 +174,8 @@ class _Planner:
         train = self._update("grpo", self.config, self.dtype, self.mesh, self.align, prompt, new)
         held = {kind: programs.device_bytes(tree) for kind, tree in train.held.items()}
         draw = self.sampling("grpo draw", grpo.prompts * grpo.group, prompt, new, held)
-        # What was sampled from, and the cache of the last draw, stay while the update runs.
-        kept = {kind: size for kind, size in draw.held.items() if kind in ("sampled from", "cache")}
+        # What was sampled from stays while the update runs.
+        kept = {kind: size for kind, size in draw.held.items() if kind == "sampled from"}
         return [draw, self.training("grpo", prompt, new, kept)]
 
     def sampling(self, name: str, rows: int, prompt: int, new: int, others: dict) -> Stage:

@@ -1,6 +1,7 @@
 """The policy that is a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
@@ -57,10 +58,14 @@ class ModelPolicy:
         prompts = [self._encode(request) for request in requests]
         self._engine.prefill(prompts, self._sampling, _adapters(requests), self._rows)
 
-    def load(self, params, lora) -> None:
-        """Other weights from now on (of the same shapes); nothing of what was read before is kept."""
+    @contextmanager
+    def wearing(self, params, lora) -> Iterator[None]:
+        """Other weights (of the same shapes) from now on. Nothing of what was read before is kept, and afterwards the
+        memory of the cache is the training's."""
         self._engine.load(params, lora)
         self._members = []
+        yield
+        self._engine.forget()
 
     def _encode(self, request: Request) -> list[int]:
         ids = self._chat.encode(request.messages, request.tools)

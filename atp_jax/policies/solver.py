@@ -6,6 +6,7 @@ results between them, of which the policy said nothing itself.
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from atp_jax import processes
 from atp_jax.policies.types import Answer, Request, follow
@@ -34,9 +35,9 @@ class Solver:
         self._calls, self._sandbox = tool.max_calls, sandbox
         self.turns = tool.max_calls + 1
 
-    def load(self, params, lora) -> None:
+    def wearing(self, params, lora) -> AbstractContextManager[None]:
         """Other weights from now on."""
-        self._policy.load(params, lora)
+        return self._policy.wearing(params, lora)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One whole answer a request, in order. Those that are still at work are asked together."""
