@@ -15,6 +15,7 @@ import pytest
 import small_run
 
 from atp_jax import processes
+from atp_jax.__main__ import main
 from atp_jax.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +41,7 @@ FOUND = processes.Launch("host:12", 4, 2)
         ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a01,b[2-3]"}, processes.Launch("a01:61001", 4, 2)),
         ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a[07,09-11]"}, processes.Launch("a07:61001", 4, 2)),
         ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a[07-10],b1"}, processes.Launch("a07:61001", 4, 2)),
+        ((None, None, None), SLURM | {"SLURM_STEP_NODELIST": "a[1-2]n[03-10]"}, processes.Launch("a1n03:61001", 4, 2)),
         (
             (None, None, None),
             SLURM | {"SLURM_STEP_NODELIST": "a01", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "3"},
@@ -77,11 +79,11 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": path}
 
 
-def start(count: int, code: str, devices: int = 1) -> list[subprocess.Popen]:
+def start(count: int, code: str, devices: int = 1, *more: str) -> list[subprocess.Popen]:
     address = f"127.0.0.1:{free_port()}"
     return [
         subprocess.Popen(
-            [sys.executable, "-c", code, address, str(count), str(place)], env=environment(devices),
+            [sys.executable, "-c", code, address, str(count), str(place), *more], env=environment(devices),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for place in range(count)
@@ -186,14 +188,165 @@ NEVER = """
 import sys
 from atp_jax import processes
 processes.START = 3
-processes.connect(processes.find(sys.argv[1], "2", "1", {}))
+processes.connect(processes.find(sys.argv[1], "3", {index}, {{}}))
 """
 
 
-def test_processes_that_never_come_are_not_waited_for_forever():
-    """Only the second of two is started."""
-    statuses, errors = ended(start(1, NEVER))
-    assert statuses == [2] and errors[0].endswith("did not come together within 3 s\n")
+@pytest.mark.parametrize(("index", "missing"), [("0", "; missing: 1, 2"), ("1", "")])
+def test_processes_that_never_come_are_not_waited_for_forever(index, missing):
+    """Only one of three is started."""
+    statuses, errors = ended(start(1, NEVER.format(index=repr(index))))
+    assert statuses == [2] and errors[0].endswith(f"did not come together within 3 s{missing}\n")
+
+
+# Four are to come, three do: the second dies as soon as process 0 knows it, or has no device, or says it is the third.
+COMING = """
+import os, signal, sys, time
+if {without_device} and sys.argv[3] == "1":
+    os.environ["JAX_PLATFORMS"] = "abacus"
+from atp_jax import processes
+
+follow = processes._follow
+def dying(host, port, index, token):
+    found = follow(host, port, {index}, token)
+    {then}
+    return found
+processes._follow = dying
+try:
+    processes.connect(processes.find(sys.argv[1], "{count}", sys.argv[3], {{}}))
+except processes.UserError as error:
+    sys.exit(processes.end(2, f"error: {{error}}"))
+"""
+DYING = "if index == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("change", "statuses", "said"),
+    [
+        ({"then": DYING}, [1, -signal.SIGKILL, 1], processes.died(1)),
+        ({"count": 3, "without_device": True}, [2, 2, 2], "error: process 1: the 3 processes at"),
+        ({"index": 2}, [2, 2, 2], "error: two processes say --process_id=2; each needs its own, from 0 to 3"),
+    ],
+    ids=["died", "no device", "twice"],
+)
+def test_what_goes_wrong_before_all_have_come_is_told_to_those_that_have(change, statuses, said):
+    """At once, while they wait for one that never comes (START seconds), or for all others to find their devices."""
+    code = COMING.format(**{"count": 4, "index": "index", "then": "pass", "without_device": False} | change)
+    found, errors = ended(start(3, code))
+    assert found == statuses and errors[0].startswith(said) and errors[0].count("\n") == 1
+    assert errors[1:] == ["", ""]
+
+
+def test_whoever_is_none_of_the_processes_is_not_waited_for():
+    """A stranger at the port, one that knows nothing, one that says too little: the right one comes after them."""
+    leader = processes._Leader()
+    with processes._serve(0) as server:
+        port = server.getsockname()[1]
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        strangers[0].close()
+        processes._Line(strangers[1]).send(processes.TEXT, "wrong é 1".encode())
+        processes._Line(strangers[2]).send(processes.TEXT, b"token")
+        member = processes._follow("127.0.0.1", port, 1, "token")
+        processes._gather(leader, server, 2, "token")
+    assert leader.here() == {1}
+    assert leader.share(lambda: b"said") == member.share(lambda: b"") == b"said"
+    if hasattr(
+        socket, "TCP_USER_TIMEOUT"
+    ):  # else what was sent to a host that vanished is tried for a quarter of an hour
+        assert member._line._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+    member._left.set()  # the test's end is no death
+    leader._left[1].set()
+    for stranger in strangers:
+        stranger.close()
+
+
+# Only process 1 is asked to stop, after the first of two steps.
+STOPPED = """
+from pathlib import Path
+import sharded, small_models
+from atp_jax.align import loop
+from atp_jax.interrupt import Interrupted
+from atp_jax.model import Model
+from atp_jax.settings import AlignSettings, LoraSettings
+
+config, _, params = small_models.load(small_models.FIXTURES / "qwen3", mesh=mesh)
+model = Model(config, None, params, mesh)
+align = AlignSettings(rows=4, check_every=1000, save_every=1000, lora=LoraSettings(rank=2))
+
+def train(name, said):
+    method = sharded.dpo(model, sharded.draw_pairs())
+    folder = Path(sys.argv[4]) / name
+    processes.leads() and folder.mkdir(exist_ok=True)
+    processes.wait()
+    found = loop.train(method, model, align, 0, folder, {}, lambda *_: 0.0, said)
+    assert found.steps == 2
+    return [x.tobytes() for x in jax.tree.leaves(parallel.fetch((found.model.lora.a, found.model.lora.b)))]
+
+def ask(line):
+    if me == 1 and "loss" in line:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+whole = train("whole", lambda line: None)
+try:
+    train("stopped", ask)
+    end = 1, "nobody heard it"
+except Interrupted as stopped:
+    print(stopped)
+    end = 0, ""
+seen = []
+assert train("stopped", seen.append) == whole and [line["step"] for line in seen if "loss" in line] == [2]
+sys.exit(processes.end(*end))
+"""
+
+
+def test_sigterm_to_one_process_has_all_save_and_go_on_from_there(tmp_path):
+    """Training: every process leaves it after the same step, and what goes on ends with the same adapter."""
+    group = start(2, JOINED.replace("*sys.argv[1:]", "*sys.argv[1:4]") + STOPPED, 1, str(tmp_path))
+    said = [process.communicate(timeout=600) for process in group]
+    assert [process.returncode for process in group] == [0, 0], said
+    assert all("stopped by SIGTERM after step 1 of dpo" in out for out, _ in said), said
+
+
+# The command; process 1 is asked to stop after the third line of metrics.
+ASKED = """
+import os, signal, sys
+from atp_jax import __main__, experiment
+
+append, lines = experiment.append, 0
+
+def told(path, new):
+    global lines
+    append(path, new)
+    lines += len(new)
+    if "--process_id=1" in sys.argv and lines == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+experiment.append = told
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_to_one_process_ends_the_command_in_all_and_the_same_command_resumes(tmp_path, monkeypatch):
+    arguments, ends = small_run.arguments(tmp_path, tmp_path / "run"), []
+    for code in (ASKED, ASKED.replace("lines == 3", "False")):
+        address = f"127.0.0.1:{free_port()}"
+        group = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *arguments, f"--coordinator={address}", "--processes=2",
+                 f"--process_id={place}"],
+                cwd=small_run.ROOT, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for place in range(2)
+        ]  # fmt: skip
+        ends.append([process.communicate(timeout=300) for process in group])
+        assert [process.returncode for process in group] == [0, 0], ends[-1]
+    (stopped, _), (finished, _) = ends
+    assert "stopped by SIGTERM after round" in stopped[0] and "stopped" not in finished[0]
+    assert ends[0][1][0] == ends[1][1][0] == ""  # process 1 prints nothing
+    monkeypatch.chdir(small_run.ROOT)
+    assert main(small_run.arguments(tmp_path, tmp_path / "alone")) == 0
+    results = [(tmp_path / name / "results.json").read_bytes() for name in ("run", "alone")]
+    assert results[0] == results[1]
 
 
 # A state of training on one mesh; what it holds does not depend on the mesh.
