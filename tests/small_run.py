@@ -3,8 +3,12 @@
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from atp_jax.align import loop
 from atp_jax.scenarios.pack import Scenario, load_role_play
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +107,29 @@ def write_pipeline(folder: Path, changes: dict) -> None:
 def pipeline(folder: Path, workdir: Path) -> list[str]:
     """The command that runs it."""
     return [sys.executable, "-m", "atp_jax", f"--config={folder / 'config.py'}:{folder}", f"--workdir={workdir}"]
+
+
+def cut_off_until(done: Path, run: Callable[[], object]) -> int:
+    """Runs, is cut off after every third line of metrics of a training, and runs again until `done` is there. -> how
+    often it was started."""
+    append, count, starts = loop.append, 0, 0
+
+    def failing(path, records):
+        nonlocal count
+        append(path, records)
+        count += 1
+        if count % 3 == 0:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp_jax.align.loop.append", failing)
+        while not done.exists():
+            starts += 1
+            try:
+                run()
+            except KeyboardInterrupt:
+                pass
+    return starts
 
 
 def lines_of(path: Path) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import small_run
 
 from atp_jax import alignment, experiment, settings
 from atp_jax.align import loop
@@ -110,25 +111,10 @@ def test_the_same_again_changes_nothing(chosen, finished, capsys):
     assert all(before[path] == after[path] for path in before)
 
 
-def test_a_run_that_was_cut_off_everywhere_ends_the_same(chosen, finished, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_everywhere_ends_the_same(chosen, finished, tmp_path):
     """Cut off after every third line of metrics and started again, until it is through."""
-    workdir, append, count = tmp_path / "run", loop.append, 0
-
-    def failing(path, records):
-        nonlocal count
-        append(path, records)
-        count += 1
-        if count % 3 == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("atp_jax.align.loop.append", failing)
-    starts = 0
-    while not (workdir / "results.json").exists():
-        starts += 1
-        try:
-            experiment.run(chosen, workdir)
-        except KeyboardInterrupt:
-            pass
+    workdir = tmp_path / "run"
+    starts = small_run.cut_off_until(workdir / "results.json", lambda: experiment.run(chosen, workdir))
     assert starts > 4
     for name in ("dpo", "grpo", "dpo-weights"):
         ours, theirs = adapter(workdir, name), adapter(finished, name)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small_models
+import small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_generate import ONE
@@ -18,7 +19,6 @@ from tiny_tokenizers import qwen3_tokenizer
 from transformers import AutoTokenizer
 
 from atp_jax import alignment, experiment
-from atp_jax.align import loop
 from atp_jax.align.dpo import Dpo, layout, score
 from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.align.pairs import Pair, collect, read_pairs, tokenise, write_pairs
@@ -583,7 +583,7 @@ def told(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_through_both_ways_and_one_that_was_cut_off_everywhere(chosen, tmp_path, monkeypatch, lengths_decide):
+def test_a_run_through_both_ways_and_one_that_was_cut_off_everywhere(chosen, tmp_path, lengths_decide):
     """Cut off after every third line of metrics and started again, until it is through: the same pairs, weights and
     metrics. The model's own sampled answers, with the sandbox's own results between them."""
     whole = through(chosen, tmp_path / "whole")
@@ -604,22 +604,8 @@ def test_a_run_through_both_ways_and_one_that_was_cut_off_everywhere(chosen, tmp
     assert any(line["share_comply"] > 0 for line in grpo)
     assert all(line["tokens"] == round(4 * line["completions/mean_length"]) for line in grpo)
 
-    append, count, starts, cut = loop.append, 0, 0, tmp_path / "cut"
-
-    def failing(path, records):
-        nonlocal count
-        append(path, records)
-        count += 1
-        if count % 3 == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("atp_jax.align.loop.append", failing)
-    while not (cut / "models" / "grpo").exists():
-        starts += 1
-        try:
-            through(chosen, cut)
-        except KeyboardInterrupt:
-            pass
+    cut = tmp_path / "cut"
+    starts = small_run.cut_off_until(cut / "models" / "grpo", lambda: through(chosen, cut))
     assert starts > 2
     assert (cut / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
     for name in ("dpo", "grpo"):
