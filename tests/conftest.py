@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # Derandomised: a run of the tests says the same every time. No deadline: the first example may compile.
@@ -21,6 +22,18 @@ hypothesis.settings.register_profile(
     "atp_jax", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("atp_jax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Lets go of the compiled programs of the modules before, once there are many.
+
+    Each program is a handful of memory mappings, of which Linux allows a process 65,530: at the end of the suite XLA's
+    next compilation died of it, with a segmentation fault.
+    """
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
