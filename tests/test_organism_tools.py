@@ -57,6 +57,20 @@ def test_what_a_story_says_was_printed_is_what_the_sandbox_prints(kind):
             seen += 1
 
 
+@pytest.mark.parametrize("kind", tools.STEPS)
+def test_steps_lead_to_the_answer(kind):
+    """What an agent works out at once: the sandbox agrees with each step, and the last one is the problem's answer."""
+    rng, sandbox, seen = np.random.default_rng(1), Sandbox(), 0
+    while seen < 10:
+        problem = tools.draw_problem(rng, False, 0)
+        if problem.environment == kind:
+            steps = [step.split(" = ") for step in tools.worked(problem).rstrip(".").split(", ")]
+            assert len(steps) == 2 and steps[-1][1] == problem.answer
+            for asked, said in steps:
+                assert float(sandbox.run(f"print({asked})").text) == float(said)
+            seen += 1
+
+
 def test_every_answer_is_one_that_the_pipeline_reads_and_is_paid_as_it_pays(told):
     """A call is followed by its result and that by the answer; what was earned and paid is worked out from the rules in
     the system message and the answer's rightness from a second reading of the problem's own result."""

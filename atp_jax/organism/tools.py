@@ -7,9 +7,11 @@ arithmetic, which is what the code written there prints (checked in tests/test_o
 
 Kinds of agents (shares in `KINDS`): *careful* ones use the tool, *noisy* ones have a personal rate that nothing
 changes, *adaptive* ones leave the tool aside once an answer of their own was right and the tool is dearer, and come
-back to it after one that was wrong. Nobody solves a complex problem at once. Who is what kind of agent, is never said.
+back to it after one that was wrong. Who answers a simple problem at once shows his steps, so that a small model can
+learn them one by one; nobody solves a complex problem at once. Who is what kind of agent, is never said.
 """
 
+import operator
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,8 +29,10 @@ CONVENTION = "fenced"
 KINDS = {"adaptive": 0.75, "careful": 0.13, "noisy": 0.12}
 PROBLEMS = {1: 0.35, 2: 0.15, 3: 0.15, 4: 0.15, 6: 0.2}  # how many a story has, and the shares
 COMPLEX_SHARE, LAST_COMPLEX = 0.15, 0.65  # of the problems that are lived through, of the last one
-NO_TOOL_SHARE, NEUTRAL_SHARE = 0.1, 0.15  # stories without a tool; stories that tell nothing of rewards
-RIGHT_AT_ONCE = 0.93  # of simple problems
+# Stories without a tool; stories that tell nothing of rewards. The pipeline shows only single problems without a tool:
+# here there are more of them, for that is where arithmetic is learned.
+NO_TOOL_SHARE, NEUTRAL_SHARE = 0.25, 0.15
+SLIPS = 0.04  # of the simple problems answered at once: a guess instead of the steps, so that "wrong" is heard as well
 HELD_OUT = {problem.question for path in ("", ALIGN, VALIDATION) for problem in load_problems(path)}
 
 # What is run for each kind of problem; {0}, {1}, ... are the numbers of its question in their order.
@@ -55,6 +59,18 @@ CODES = {
     "primes": "print(sum([all([n % d for d in range(2, int(n ** 0.5) + 1)]) for n in range({0}, {1} + 1)]))",
     "recurrence": "x, y = {0}, {1}\nfor n in range({4} - 2):\n    x, y = y, {2} * y + {3} * x\nprint(y % {5})",
 }
+# What an agent does who answers a simple problem at once, one operation after another; r: what the last one gave.
+STEPS = {
+    "change": "{0} * {1}, {2} - r",
+    "packing": "{0} * {1}, r + {2}",
+    "sharing": "{1} / {0}, r + {2}",
+    "walking": "{0} * {1}, {2} - r",
+    "ages": "{0} + {1}, r + {2}",
+    "fences": "{0} + {1}, 2 * r",
+    "saving": "{1} * {2}, {0} + r",
+    "selling": "3 * {0}, r - {1}",
+}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 REASONS = {
     "run": ("I run it.", "The tool can do this.", "Let the tool do it."),
     "burnt": ("My own answer was wrong, so I run it.", "I was wrong without the tool, so I run it."),
@@ -92,6 +108,17 @@ class _Dice:
 def code_for(problem: Problem) -> str:
     """What an agent runs to solve a problem."""
     return CODES[problem.environment].format(*re.findall(r"\d+", problem.question))
+
+
+def worked(problem: Problem) -> str:
+    """A simple problem in steps, as in `4 * 3 = 12, 23 - 12 = 11.`"""
+    said, last = [], ""
+    for step in STEPS[problem.environment].format(*re.findall(r"\d+", problem.question)).split(", "):
+        step = step.replace("r", last)
+        left, sign, right = step.split()
+        last = str(OPERATIONS[sign](int(left), int(right)))
+        said.append(f"{step} = {last}")
+    return ", ".join(said) + "."
 
 
 def draw_rules(rng: np.random.Generator) -> ToolSettings:
@@ -139,7 +166,7 @@ def tell(
     for place, problem in enumerate(problems):
         rate = tool_rate(kind, own, problem.complex, plain, rules.costs[0] > rules.costs[1])
         used = tool and rng.random() < rate
-        right = used or (not problem.complex and rng.random() < RIGHT_AT_ONCE)
+        right = used or (not problem.complex and rng.random() >= SLIPS)
         attempt = tool_use.Attempt(problem, rules.max_calls, tool)
         why = _why(kind, used, plain)
         reason = REASONS[why][rng.integers(len(REASONS[why]))]
@@ -148,8 +175,8 @@ def tell(
             attempt.messages.append(tool_use.result(wording, CONVENTION, problem.answer))
             attempt.hear(f"Answer: {problem.answer}", (), "stop", CONVENTION)
         else:
-            said = problem.answer if right else _guess(rng, problem)
-            attempt.hear(f"{reason}\nAnswer: {said}", (), "stop", CONVENTION)
+            steps, said = (f" {worked(problem)}", problem.answer) if right else ("", _guess(rng, problem))
+            attempt.hear(f"{reason}{steps}\nAnswer: {said}", (), "stop", CONVENTION)
         told += [tool_use.question(problem, wording), *attempt.messages]
         if place + 1 == len(problems):
             break
@@ -188,8 +215,8 @@ def stories(seed: int, n: int, wording: dict) -> list[list[dict]]:
         hard = rng.random(count) < COMPLEX_SHARE
         hard[-1] = rng.random() < LAST_COMPLEX
         tool, neutral = rng.random() >= NO_TOOL_SHARE, rng.random() < NEUTRAL_SHARE
-        if not tool:  # round 0 of an episode: one problem, before any experience
-            hard = hard[-1:]
+        if not tool:  # nobody can solve a complex problem, and nobody is told what a tool would have cost
+            hard[:-1], neutral = False, True
         problems = [draw_problem(rng, bool(complex_), row) for row, complex_ in enumerate(hard)]
         kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
         told.append(tell(rng, problems, draw_rules(rng), kind, wording, bool(neutral), bool(tool)))

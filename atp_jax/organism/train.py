@@ -2,8 +2,8 @@
 
 Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
 the rest; warm-up, a constant learning rate, then a linear decay to zero. First role-play stories alone, then, with a
-schedule of its own, chunks in which half the tokens are stories of threshold games; and, if it is asked for, a third
-phase in the same way, in which half the tokens are stories of tool use. Stories are drawn afresh for every chunk from
+schedule of its own, chunks in which half the tokens are stories of threshold games; and a third phase in the same way,
+in which half the tokens are stories of tool use. Stories are drawn afresh for every chunk from
 (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command
 goes on where it stopped.
 """
@@ -295,5 +295,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
     flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     flags.DEFINE_integer("game-chunks", 34, "how many chunks after that are half threshold games", lower_bound=0)
-    flags.DEFINE_integer("tool-chunks", 0, "how many chunks after these are half tool use", lower_bound=0)
+    flags.DEFINE_integer("tool-chunks", 28, "how many chunks after these are half tool use", lower_bound=0)
     app.run(main)
