@@ -218,7 +218,7 @@ class AlignSettings:
     check_every: int = 10  # steps between two looks at that rate
     check_samples: int = 4  # answers a validation scenario at each look
     train: tuple[str, ...] = ()  # without an adapter: names of the parameters that are trained; empty: all
-    rows: int = 8  # answers of one micro-batch, on all devices together
+    rows: int | None = None  # answers of one micro-batch, on all devices together; null: as many as fit
     max_grad_norm: float = 1.0  # 0: off
     weight_decay: float = 0.0
     max_bad_steps: int = 5  # steps in a row with a loss or gradient that is not finite
@@ -416,7 +416,7 @@ def _check_align(align: AlignSettings, policy: PolicySettings) -> None:
         raise UserError(f"setting align.dpo.smoothing must be at least 0 and below 0.5, not {dpo.smoothing!r}")
     for name in ("epochs", "batch", "max_prompt", "max_length"):
         _at_least(f"align.dpo.{name}", getattr(dpo, name), 1)
-    if align.rows % 2:
+    if align.rows and align.rows % 2:
         raise UserError(f"setting align.rows must be even, not {align.rows}: a pair's two answers stay together")
     _one_of("align.grpo.credit", grpo.credit, CREDITS)
     if len(grpo.rewards) != 3:

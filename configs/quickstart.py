@@ -28,7 +28,6 @@ def get_config(arg=""):
     # How far to align, by first rounds of the validation scenarios alone; 512 answers a look, because a training that
     # stops at the first look below the target stops at the luckiest one.
     align.target, align.check_every, align.check_samples = 0.15, 5, 16
-    align.rows = 32
     align.pairs.steer = False  # the organism never heard of steering; it complies and violates by itself often enough
     align.pairs.tries = 12
     align.dpo.epochs, align.dpo.batch = 6, 16

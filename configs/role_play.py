@@ -48,7 +48,6 @@ def get_config(arg=""):
         config.align.dpo.learning_rate = 1e-5
     if method:
         config.align.method = method
-        config.align.rows = 2  # rows of one micro-batch: two long answers
     if method == "grpo":
         config.align.lora.rank = 0  # all weights, as in the paper
         config.align.grpo.max_new_tokens = 2048

@@ -36,7 +36,6 @@ def get_config(arg=""):
         config.policy.rows = 1024  # bounds the memory of the cache to some gigabytes
         align.method = "dpo+grpo"
         align.target, align.check_every, align.check_samples = 0.2, 5, 16
-        align.rows = 32
         align.pairs.steer = False
         align.pairs.tries = 12
         align.dpo.epochs, align.dpo.batch = 6, 16
@@ -58,7 +57,6 @@ def get_config(arg=""):
         align.dpo.learning_rate = 1e-5
     if method:
         align.method = method
-        align.rows = 2
     if method == "grpo":
         align.lora.rank = 0
         align.grpo.learning_rate = 5e-6

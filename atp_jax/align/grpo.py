@@ -43,13 +43,15 @@ class Grpo:
         given: Model,
         settings: GrpoSettings,
         longest: int,
-        rows: int,
+        rows: int | None,
     ):
         """draw: (number of the draw from 0, params, lora) -> Draw. longest: tokens an answer can have, what `dr_grpo`
-        divides by. rows: of a micro-batch; so many answers at most, over the devices, share a copy of their prompt."""
+        divides by. rows: of a micro-batch; so many answers at most, over the devices, share a copy of their prompt
+        (None: a whole group)."""
         self.name, self.steps, self.iterations = name, settings.steps, settings.iterations
         # Members of a group have one prompt in common; from the second round on each has a history of its own.
-        members, most = settings.group if settings.rounds == 1 else 1, max(1, rows // row_shards(given.mesh))
+        members = settings.group if settings.rounds == 1 else 1
+        most = max(1, rows // row_shards(given.mesh)) if rows else members
         self.group = max(size for size in range(1, members + 1) if members % size == 0 and size <= most)
         self.optimiser = {
             "learning_rate": settings.learning_rate, "schedule": settings.schedule, "warmup": settings.warmup,

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from atp_jax import processes
+from atp_jax.align.rows import by_length
 from atp_jax.align.trainable import join, partition
-from atp_jax.align.update import check_bad, init_state, make_optimiser, make_update, micro_batches
+from atp_jax.align.update import as_many_as_fit, check_bad, init_state, make_optimiser, make_update, micro_batches
 from atp_jax.checkpoint import Checkpoints
 from atp_jax.compilations import Compilations
 from atp_jax.files import append, cut, size
@@ -94,7 +95,17 @@ def train(
     update = make_update(method.loss, optimiser)
     metrics_file = workdir / "metrics.jsonl"
     shards = row_shards(given.mesh)
-    together = max(shards, settings.rows // method.group // shards * shards)  # a prompt a device at the least
+    fits: dict[tuple, int] = {}  # shapes of a batch -> prompts of a micro-batch
+
+    def together(batch: dict[str, np.ndarray]) -> int:
+        """Prompts of one micro-batch, a multiple of `shards`: as the settings say, or as many as fit."""
+        if settings.rows:
+            return max(shards, settings.rows // method.group // shards * shards)
+        shapes = tuple(x.shape for x in batch.values())
+        if shapes not in fits:
+            fits[shapes] = as_many_as_fit(update, state, fixed, batch, placed)
+        return fits[shapes]
+
     placed = named_sharding(model.mesh, "length", "batch")  # [M, rows, ...]
     looks: list[list] = []
 
@@ -142,12 +153,13 @@ def train(
             began, compiled = time.perf_counter(), compilations.count
             batch, logged = method.batch(step, params, lora)
             drawn = time.perf_counter()
-            shaped = micro_batches(batch, together)
+            order = by_length(batch)
+            shaped = micro_batches({name: values[order] for name, values in batch.items()}, together(batch))
             state, metrics, outputs = update(state, fixed, put(shaped, placed))
             metrics, outputs = fetch((metrics, outputs))
             metrics = {name: float(value) for name, value in metrics.items()}
-            rows = len(next(iter(batch.values())))
-            outputs = {name: value.reshape(-1, *value.shape[2:])[:rows] for name, value in outputs.items()}
+            back = np.argsort(order)
+            outputs = {name: value.reshape(-1, *value.shape[2:])[back] for name, value in outputs.items()}
             ended = time.perf_counter()
 
             step += 1

@@ -15,8 +15,12 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from atp_jax.align.rows import narrowed
 from atp_jax.errors import UserError
-from atp_jax.parallel import put
+from atp_jax.parallel import put, row_shards, spare_memory
+
+# Tokens of one micro-batch on each device that does not say what memory it has, a CPU: what its caches hold.
+TOKENS = 2**12
 
 
 class TrainState(struct.PyTreeNode):
@@ -93,7 +97,7 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
     outputs: the arrays a row, [M, rows, ...]. A step whose loss or gradient is not finite changes nothing but the
     counters.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = narrowed(jax.value_and_grad(loss, has_aux=True))
 
     def update(state: TrainState, fixed, batch):
         def add(total, micro):
@@ -143,6 +147,29 @@ def make_update(loss: Callable, optimiser: Optimiser) -> Callable:
 
     call.jitted = jitted  # what a plan compiles, with shapes in place of arrays
     return call
+
+
+def as_many_as_fit(update: Callable, state: TrainState, fixed, batch: dict[str, np.ndarray], placed) -> int:
+    """Prompts of one micro-batch, a multiple of the devices they are spread over; all micro-batches are about alike.
+
+    The update is compiled for one prompt a device; what its temporary memory holds beside the sum of the gradients is
+    what a prompt costs. It is at most that, so as many prompts as the devices' spare memory holds of it do fit. batch:
+    arrays [N, ...] with their final shapes. placed: the sharding of [M, rows, ...].
+    """
+    shards = row_shards(placed.mesh)
+    most = -(-len(batch["prompts"]) // shards)
+    free = spare_memory((state, fixed), placed.mesh)
+    if free is None:
+        count = TOKENS // (batch["prompts"].shape[1] + batch["answers"][0].size)
+    else:
+        one = {
+            name: jax.ShapeDtypeStruct((1, shards, *x.shape[1:]), x.dtype, sharding=placed) for name, x in batch.items()
+        }
+        needed = update.jitted(state).lower(state, fixed, one).compile().memory_analysis().temp_size_in_bytes
+        summed = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.trainable))
+        count = (free // placed.mesh.size - summed) // max(needed - summed, 1)
+    times = -(-most // max(count, 1))
+    return shards * -(-most // times)
 
 
 def check_bad(state: TrainState, most: int) -> None:

@@ -138,7 +138,7 @@ class _Planner:
             found, gradients = alone.update.cost(), _gradients(programs.device_bytes(alone.held["trained"]))
             return Cost(found.flops, max(found.temporary - gradients, 1))
 
-        whole, align = made(self.dtype), self.align
+        whole = made(self.dtype)
         model = self._model(self.config, self.mesh)
         held = {"parameters": programs.device_bytes(model.params)} | (kept or {})
         if self.worn:
@@ -149,7 +149,7 @@ class _Planner:
         # In bfloat16 a CPU computes in float32, on copies of the weights that no accelerator needs. So the program is
         # compiled in float32, and bfloat16 has the same share of that as where both are counted.
         compiled = made("float32").update.lower().compile()
-        rows = max(align.rows // self.shards, 1)
+        rows = max(self.align.rows // self.shards, 1) if self.align.rows else whole.group
         one, wide = counted(self.dtype, rows), counted("float32", rows)
         gradients = _gradients(held["trained"])
         temporary = max(compiled.memory_analysis().temp_size_in_bytes - gradients, 0)
@@ -166,8 +166,9 @@ class _Planner:
         def fits(free: float) -> int:
             return max(0, math.floor(rows * (1 + free / each))) * self.shards
 
-        work = f"{whole.answers} answers of {new:,} tokens behind prompts of {prompt or align.dpo.max_prompt:,}"
-        return Stage(f"{name} update", f"{work}; align.rows={align.rows}", held, [step], {"align.rows": fits})
+        work = f"{whole.answers} answers of {new:,} tokens behind prompts of {prompt or self.align.dpo.max_prompt:,}"
+        together = f"align.rows={self.align.rows or f'{rows * self.shards} at the least, as many as fit'}"
+        return Stage(f"{name} update", f"{work}; {together}", held, [step], {"align.rows": fits})
 
     def grpo(self, prompt: int, new: int) -> list[Stage]:
         grpo = self.align.grpo

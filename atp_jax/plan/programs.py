@@ -60,10 +60,12 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One update. answers: that it learns from; answer_tokens: theirs; tokens: with their prompts; held: what lies in
-    memory between updates besides the model, by name."""
+    """One update. answers: that it learns from; group: of these with one prompt; answer_tokens: theirs; tokens: with
+    their prompts; held: what lies in memory between updates besides the model, by name. The micro-batches are as
+    `align.rows` says, without it the smallest there are, one prompt a device."""
 
     answers: int
+    group: int
     answer_tokens: int
     tokens: int
     held: dict
@@ -165,7 +167,7 @@ def dpo(given: Model, align: AlignSettings, reference=None) -> Training:
 
 def _training(method, batch: dict, given: Model, align: AlignSettings, answers: int, reference) -> Training:
     mesh, shards = given.mesh, row_shards(given.mesh)
-    together = max(shards, align.rows // method.group // shards * shards)
+    together = max(shards, (align.rows or 0) // method.group // shards * shards)
     by_row, whole = named_sharding(mesh, "length", "batch"), named_sharding(mesh)
     cut = micro_batches(batch, together)
     batches = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row) for name, x in cut.items()}
@@ -199,7 +201,8 @@ def _training(method, batch: dict, given: Model, align: AlignSettings, answers: 
     update = Program(make_update(method.loss, optimiser).jitted(state), (state, fixed, batches))
     lengths = batch["lengths"]
     tokens = batch["prompts"].size + batch["answers"].size
-    return Training(answers, int(lengths.sum()), tokens, {"trained": trainable, "optimiser": moments}, update)
+    held = {"trained": trainable, "optimiser": moments}
+    return Training(answers, method.group, int(lengths.sum()), tokens, held, update)
 
 
 def _shardings(tree):
