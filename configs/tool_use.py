@@ -37,7 +37,6 @@ def get_config(arg=""):
         align = config.align
         align.method = "dpo+grpo"
         align.target, align.check_every, align.check_samples = 0.08, 5, 16
-        align.rows = 32
         align.pairs.steer = False
         align.pairs.tries = 12
         align.dpo.epochs, align.dpo.batch = 6, 16

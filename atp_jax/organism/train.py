@@ -295,5 +295,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
     flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     flags.DEFINE_integer("game-chunks", 34, "how many chunks after that are half threshold games", lower_bound=0)
-    flags.DEFINE_integer("tool-chunks", 28, "how many chunks after these are half tool use", lower_bound=0)
+    flags.DEFINE_integer("tool-chunks", 24, "how many chunks after these are half tool use", lower_bound=0)
     app.run(main)
