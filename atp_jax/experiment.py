@@ -360,8 +360,15 @@ def run(settings: Settings, workdir: Path) -> None:
             for name, value in machine.items():
                 if recorded[name] != value:
                     print(f"note: the run was begun with {name} {recorded[name]}, now {value}")
-        with _workdir_for(workdir, {"config": _configuration(settings), "in_force": in_force, **machine}):
+        document = {"config": _configuration(settings), "in_force": in_force, **machine}
+        with _workdir_for(workdir, document):
+            # While the model was loaded another run may have begun here, and ended.
+            there = read_json(workdir / "config.json")
+            _refuse_difference(workdir, there["config"], document["config"], "another configuration")
+            _refuse_difference(workdir, there["in_force"], in_force, "other values in force")
             for stage in todo:
+                if _finished(stage, workdir):
+                    continue
                 if stage == "evolve":
                     evolve(settings, workdir, lab)
                 else:

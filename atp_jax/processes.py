@@ -12,6 +12,7 @@ seconds. A host that vanishes without closing anything is given up after about h
 after HEARTBEAT seconds (JAX, which then aborts).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -151,7 +152,7 @@ class _Member:
                 if kind == TEXT:
                     self._texts.put(content)
                 elif kind == END:
-                    leave(content[0])
+                    leave(content[0], content[1:].decode())
                 else:
                     self._left.set()
         except OSError:
@@ -343,8 +344,8 @@ def _serve(port: int) -> socket.socket:
 
 
 def _gather(leader: _Leader, server: socket.socket, count: int, token: str) -> None:
-    """Returns when all others have come; whoever does not know the token is none of them. UserError where two say that
-    they are the same one."""
+    """Returns when all others have come; whoever does not know the token is none of them, and told so. UserError where
+    two say that they are the same one."""
     while len(leader.here()) < count - 1:
         connection, _ = server.accept()
         connection.settimeout(10)
@@ -354,7 +355,14 @@ def _gather(leader: _Leader, server: socket.socket, count: int, token: str) -> N
             place = int(place)
         except (OSError, ValueError):
             said = b""
+        wrong = None
         if not secrets.compare_digest(said, token.encode()):
+            wrong = "error: process 0 was started with another --coordinator, or is of another run"
+        elif not 0 < place < count:
+            wrong = f"error: process 0 was started with --processes={count}, and this is --process_id={place}"
+        if wrong:
+            with contextlib.suppress(OSError):  # a stranger does not wait for it
+                line.send(END, bytes([2]) + wrong.encode())
             connection.close()
             continue
         if place in leader.here():

@@ -1,11 +1,12 @@
 """The workdir: what it holds, which configuration may use it again, and the stages."""
 
 import json
+import shutil
 
 import pytest
 import small_run
 
-from atp_jax import lab
+from atp_jax import experiment, lab
 from atp_jax.__main__ import main
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling
@@ -83,6 +84,31 @@ def test_one_run_at_a_time_in_a_workdir(tmp_path, capsys):
         assert refused(capsys, arguments) == "error: enough\n"
     assert seen == [(f"error: {run} is in use by another run; wait for its end or use another workdir\n", True)]
     assert main(arguments) == 0
+
+
+def test_a_run_that_ended_while_this_one_loaded_its_model_is_found(tmp_path, capsys):
+    """The lock is taken after that: what another run left meanwhile is compared and kept, not run again."""
+    run, open_lab = tmp_path / "run", experiment.open_lab
+
+    def others(*changes):
+        def meanwhile(settings):
+            patch.setattr("atp_jax.experiment.open_lab", open_lab)
+            assert main(small_run.arguments(tmp_path, run, 3, 4, 2, *changes)) == 0
+            left.append({path: path.read_bytes() for path in (run / "metrics.jsonl", run / "results.json")})
+            return open_lab(settings)
+
+        return meanwhile
+
+    for changes in ((), ("--config.seed=1",)):
+        shutil.rmtree(run, ignore_errors=True)
+        left = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("atp_jax.experiment.open_lab", others(*changes))
+            if changes:
+                assert "seed (1 there, 0 now)" in refused(capsys, small_run.arguments(tmp_path, run))
+            else:
+                assert main(small_run.arguments(tmp_path, run)) == 0
+        assert left == [{path: path.read_bytes() for path in left[0]}]
 
 
 def test_stages_one_after_another(tmp_path, capsys):

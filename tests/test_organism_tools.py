@@ -16,7 +16,7 @@ from atp_jax.policies.types import Answer
 from atp_jax.sandbox import Sandbox
 from atp_jax.scenarios.problems import ALIGN, VALIDATION, load_problems
 from atp_jax.scenarios.wording import load_wording
-from atp_jax.settings import Settings, ToolSettings, check_settings, read_settings
+from atp_jax.settings import ToolSettings, check_settings, read_settings
 from atp_jax.testbeds import tool_use
 from atp_jax.testbeds.types import Condition
 from atp_jax.tools import convention_of
@@ -202,7 +202,6 @@ def test_the_phases_before_draw_what_they_drew(tokenizer):
     for (_, one), (_, other) in zip(found, expected, strict=True):
         for x, y in zip(one, other, strict=True):
             np.testing.assert_array_equal(x, y)
-    assert train.mixed_lessons.__defaults__ == (512, 384, 0)
     found, tokens = train.mixed_lessons(tokenizer, wording, 2, 75, role_play=24, game=12, tool=12)
     lengths = {name: 0 for name in ("agent_loss", "game_agent_loss", "tool_agent_loss")}
     for name, (_, weights, length) in found:
@@ -216,4 +215,3 @@ def test_the_third_schedule():
     assert train.scheduled_rate(126, 70, 36, 20) == 0
     for time in (10, 35, 71.5, 90, 105.5):
         assert train.scheduled_rate(time, 70, 36, 20) == train.scheduled_rate(time, 70, 36)
-    assert Settings().tool == ToolSettings()

@@ -22,7 +22,16 @@ from atp_jax.plan import programs
 from atp_jax.plan.chips import CHIPS, read_device
 from atp_jax.plan.collectives import Collective, read_collectives
 from atp_jax.plan.cost import Cost, cost
-from atp_jax.settings import AlignSettings, GrpoSettings, LoraSettings, PolicySettings, Settings
+from atp_jax.settings import (
+    AlignSettings,
+    DpoSettings,
+    GrpoSettings,
+    LoraSettings,
+    PolicySettings,
+    SamplingSettings,
+    Settings,
+    ToolSettings,
+)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -80,6 +89,38 @@ def test_planned_bytes_are_those_of_the_arrays_and_of_the_compiled_update(rank):
     kept = planned["trained"]  # of a micro-batch, counted with the activations
     before, now = (held["activations"] - kept for held in (stage.held, half))
     assert 0.4 * before <= now <= 0.9 * before
+
+
+@pytest.mark.parametrize(("name", "group"), [("dpo", 2), ("grpo", 4)])
+def test_what_fits_is_whole_prompts_on_each_device(name, group):
+    """Each of eight devices computes alone: its program is that of one."""
+    dpo = DpoSettings(batch=8, max_length=80, max_prompt=16)
+    align = AlignSettings(method=name, grpo=GrpoSettings(prompts=8, group=4), dpo=dpo)
+    planner = plan._Planner(Settings(align=align), CONFIG, one_device(), False)
+    planner.shards = 8
+    stage = planner.training(name, 16, 64)
+    fits = stage.fits["align.rows"]
+    more = [fits(free) for free in (0, 10**6, 10**7, 10**8)]
+    assert more[0] == 8 * group and more == sorted(more) and all(rows % (8 * group) == 0 for rows in more)
+    for free in (10**7, 10**8):  # a further prompt costs memory, about as much as the first
+        assert fits(free) / (8 * group) < 1 + 20 * free / stage.held["activations"]
+    assert fits(-(10**9)) == 0
+
+
+def test_a_whole_answer_of_tool_use_is_planned_with():
+    align = AlignSettings(method="grpo", grpo=GrpoSettings(prompts=1, group=2), dpo=DpoSettings(max_prompt=64))
+    settings = Settings(
+        testbed="tool_use", align=align, tool=ToolSettings(max_calls=2, output=50),
+        sampling=SamplingSettings(max_new_tokens=40),
+    )  # fmt: skip
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan._Planner, "grpo", lambda self, prompt, new: asked.append((prompt, new)) or [])
+        patch.setattr(plan._Planner, "sampling", lambda *_: None)
+        for testbed, context in (("tool_use", 1024), ("tool_use", 200), ("role_play", 1024)):
+            config = dataclasses.replace(CONFIG, max_position_embeddings=context)
+            plan.make_plan(dataclasses.replace(settings, testbed=testbed), config, one_device(), False)
+    assert asked == [(64, 3 * 40 + 2 * 50), (64, 200 - 64), (64, 40)]
 
 
 def test_an_adapter_that_is_worn_from_the_start_is_planned_with(tmp_path):

@@ -157,3 +157,18 @@ def test_what_it_wore_for_a_while_leaves_no_cache_behind(model):
         policy.answer(requests())
         assert caches() > before
     assert caches() == before
+
+
+def test_a_turn_that_the_context_has_no_room_for_is_cut_off_and_the_others_go_on(model):
+    """What a tool printed may be longer than the model's context: no error of the run's, which would come again."""
+    short, other = (dataclasses.replace(request, turn=1) for request in requests(episodes=range(2)))
+    long = dataclasses.replace(other, messages=[*other.messages, {"role": "user", "content": "9 " * 300}])
+    policy = ModelPolicy(model, SAMPLING, SEED)
+    answers = policy.answer([short, long])
+    assert (answers[1].text, answers[1].tokens, answers[1].finish) == ("", (), "length")
+    assert answers[0] == ModelPolicy(model, SAMPLING, SEED).answer([short])[0]
+    assert [answer.finish for answer in policy.answer([long])] == ["length"]
+    policy.recall([short, long])
+    policy.recall([long])
+    with pytest.raises(UserError, match="episode 1, agent 0, round 1: the prompt has"):
+        policy.answer([dataclasses.replace(long, turn=0)])

@@ -217,7 +217,13 @@ try:
 except processes.UserError as error:
     sys.exit(processes.end(2, f"error: {{error}}"))
 """
-DYING = "if index == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+# It waits for the third, which else would come too late to be told.
+DYING = """
+    there = sys.argv[1].replace(":", "") + ".third"
+    if index == 2: open(there, "w")
+    while index == 1 and not os.path.exists(there): time.sleep(0.1)
+    if index == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.mark.parametrize(
@@ -254,6 +260,8 @@ def test_whoever_is_none_of_the_processes_is_not_waited_for():
         socket, "TCP_USER_TIMEOUT"
     ):  # else what was sent to a host that vanished is tried for a quarter of an hour
         assert member._line._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+    for stranger, said in ((strangers[1], b"another --coordinator"),):
+        assert said in stranger.recv(200)
     member._left.set()  # the test's end is no death
     leader._left[1].set()
     for stranger in strangers:

@@ -181,6 +181,19 @@ def test_what_a_whole_answer_is(said, read, used, turns):
     assert tool_use.training_rewards([record], other) == [3.0 * used + 0.25 * record["correct"]]
 
 
+def test_a_result_that_the_context_has_no_room_for_ends_the_answer():
+    """What was said before it is the whole of it, cut off: nothing can be learned from behind the context's end."""
+    teller = Teller(script(called("print('9' * 2000)"), "Answer: 40"))
+    (alone,) = Teller(script(called("print('9' * 2000)"))).answer([asked()])
+    answer, teller.answer = teller.answer, lambda requests: [
+        Answer("", finish="length", logprob=0.0) if request.turn else answer([request])[0] for request in requests
+    ]
+    (whole,) = solver(teller).answer([asked()])
+    assert (whole.prompt, whole.tokens, whole.logprob) == (alone.prompt, alone.tokens, alone.logprob)
+    assert (whole.text, whole.finish, whole.left_out) == ("", "length", 0) and all(whole.sampled)
+    assert reading(whole) == "unparsed"
+
+
 def test_answers_of_unlike_lengths_go_side_by_side():
     """Each is what it is alone; who is through is asked no more."""
     turns = {0: ["Answer: 1"], 1: [called("print(2)"), "Answer: 2"], 2: [called("print(3)")] * 3 + ["Answer: 3"]}
@@ -346,6 +359,11 @@ def test_pairs_of_the_users_may_hold_several_turns(tmp_path):
         ({"tools": "python"}, "'tools' must be a list of schemas"),
         ({"chosen": [{"role": "assistant", "content": "a", "tokens": "x"}, {"role": "assistant", "content": "b"}]},
          "'tokens' must be a list of token ids"),
+        ({"chosen": [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "python"}}]},
+                     {"role": "tool", "content": "1"}, {"role": "assistant", "content": "b"}]},
+         "'chosen' has tool_calls: write a call into the content"),
+        ({"chosen": [{"role": "assistant", "content": ""}, {"role": "assistant", "content": "b"}]},
+         "a message of the assistant in 'chosen' is empty"),
         ({"chosen": "Answer: 1"}, "chosen and rejected are identical"),
     ],
 )  # fmt: skip

@@ -79,8 +79,8 @@ def collect(
     steered: with the question's steering message as one more user message after it, unless it is empty.
     Returns the pairs in the order of the questions, and a report whose counts add up: pairs wanted = found + dropped
     (`without_comply` and `without_violate` say which half was never given); answers asked = used + other_decision +
-    unparsed + cut_off (those that did not come to an end, whatever they decide). Where `read` says other words they are
-    counted by them; `rewritten` are answers whose first turns the chat template did not show as they were said.
+    unparsed + cut_off (those that did not come to an end, whatever they decide) + whatever else `read` says, under its
+    own words + `rewritten` (answers whose first turns the chat template did not show as they were said).
     """
     places = [(question, sample) for question in questions for sample in range(samples)]
     found: dict[tuple[int, str], Answer] = {}
@@ -278,9 +278,14 @@ def _messages(where: str, key: str, value: object) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        isinstance(m, Mapping)
+        and isinstance(m.get("role"), str)
+        and (isinstance(m.get("content"), str) or m.get("tool_calls"))
+        for m in value
     ):
         raise UserError(f"{where}: {key!r} must be a text or a list of messages with role and content")
+    if any(m.get("tool_calls") for m in value):
+        raise UserError(f"{where}: {key!r} has tool_calls: write a call into the content, as the chat template does")
     return [
         {"role": m["role"], "content": m["content"]}
         | ({"tokens": _ids(where, "tokens", m["tokens"])} if m["role"] == "assistant" and m.get("tokens") else {})
@@ -295,6 +300,8 @@ def _conversation(where: str, key: str, value: object) -> tuple[list[dict], str]
     messages = _messages(where, key, value)
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         raise UserError(f"{where}: the last message of {key!r} must be an answer of the assistant")
+    if any(m["role"] == "assistant" and not m["content"] for m in messages):
+        raise UserError(f"{where}: a message of the assistant in {key!r} is empty")
     return messages[:-1], messages[-1]["content"]
 
 

@@ -70,7 +70,7 @@ def examine(model: str, workdir: Path, seed: int, samples: int) -> dict:
 def examine_tools(model: str, workdir: Path, seed: int, samples: int) -> tuple[dict, dict]:
     """What was measured in tool use, one simple problem a round, and what is asked of it."""
     (told, untold), records = run(
-        model, workdir / "tools", seed, max(samples // 2, 1), testbed="tool_use", evolve__rounds=5, evolve__window=None,
+        model, workdir / "tools", seed, samples, testbed="tool_use", evolve__rounds=5, evolve__window=None,
         evolve__controls=("none", "neutral_rewards"), tool__problems=1, sampling__max_new_tokens=144, policy__rows=1024,
     )  # fmt: skip
     met = [problem for record in records for problem in record["problems"]]

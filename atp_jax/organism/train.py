@@ -285,8 +285,8 @@ def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    later = (values[f"{kind}-chunks"].value for kind in ("game", "tool"))
-    train(Path(values.out), Path(values.workdir), values.seed, values.chunks, *later)
+    chunks = values.chunks, values["game-chunks"].value, values["tool-chunks"].value
+    train(Path(values.out), Path(values.workdir), values.seed, *chunks)
 
 
 if __name__ == "__main__":

@@ -105,10 +105,12 @@ def make_plan(settings: Settings, config: DecoderConfig, mesh, collectives: bool
     if "dpo" in methods:
         stages.append(planner.training("dpo", 0, align.dpo.max_length - prompt))
     if "grpo" in methods:
-        new = min(align.grpo.max_new_tokens or longest, context - prompt)
-        stages += planner.grpo(prompt, new)
+        new, tool = align.grpo.max_new_tokens or longest, settings.tool
+        if settings.testbed == "tool_use":  # a call in each turn but the last, and what it gives back
+            new = (tool.max_calls + 1) * new + tool.max_calls * tool.output
+        stages += planner.grpo(prompt, min(new, context - prompt))
     bed = testbed(settings)
-    episodes = len(bed.load(settings.data.path, settings.data.items, settings.data.limit)) * settings.evolve.samples
+    episodes = len(bed.scenarios(settings)) * settings.evolve.samples
     agents = settings.game.agents if settings.testbed == "threshold_game" else 1
     rows = min(settings.policy.rows or 2**31, episodes * agents)
     stages.append(planner.sampling("evolve", rows, prompt, longest, {}))
@@ -149,7 +151,7 @@ class _Planner:
         # In bfloat16 a CPU computes in float32, on copies of the weights that no accelerator needs. So the program is
         # compiled in float32, and bfloat16 has the same share of that as where both are counted.
         compiled = made("float32").update.lower().compile()
-        rows = max(self.align.rows // self.shards, 1) if self.align.rows else whole.group
+        rows = max((self.align.rows or 0) // self.shards, whole.group)  # a prompt's answers stay together
         one, wide = counted(self.dtype, rows), counted("float32", rows)
         gradients = _gradients(held["trained"])
         temporary = max(compiled.memory_analysis().temp_size_in_bytes - gradients, 0)
@@ -164,7 +166,7 @@ class _Planner:
         each = max(times * (counted(self.dtype, 2 * rows).temporary - one.temporary), 1)
 
         def fits(free: float) -> int:
-            return max(0, math.floor(rows * (1 + free / each))) * self.shards
+            return max(0, math.floor(rows * (1 + free / each) / whole.group)) * whole.group * self.shards
 
         work = f"{whole.answers} answers of {new:,} tokens behind prompts of {prompt or self.align.dpo.max_prompt:,}"
         together = f"align.rows={self.align.rows or f'{rows * self.shards} at the least, as many as fit'}"

@@ -60,14 +60,13 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One update. answers: that it learns from; group: of these with one prompt; answer_tokens: theirs; tokens: with
-    their prompts; held: what lies in memory between updates besides the model, by name. The micro-batches are as
-    `align.rows` says, without it the smallest there are, one prompt a device."""
+    """One update. answers: that it learns from; group: of these with one prompt; answer_tokens: theirs; held: what lies
+    in memory between updates besides the model, by name. The micro-batches are as `align.rows` says, without it the
+    smallest there are, one prompt a device."""
 
     answers: int
     group: int
     answer_tokens: int
-    tokens: int
     held: dict
     update: Program
 
@@ -199,10 +198,8 @@ def _training(method, batch: dict, given: Model, align: AlignSettings, answers: 
     state = TrainState(trainable, moments, zero, zero, zero)
     fixed = (frozen, (given.params, reference))
     update = Program(make_update(method.loss, optimiser).jitted(state), (state, fixed, batches))
-    lengths = batch["lengths"]
-    tokens = batch["prompts"].size + batch["answers"].size
     held = {"trained": trainable, "optimiser": moments}
-    return Training(answers, method.group, int(lengths.sum()), tokens, held, update)
+    return Training(answers, method.group, int(batch["lengths"].sum()), held, update)
 
 
 def _shardings(tree):

@@ -39,24 +39,26 @@ class ModelPolicy:
         self.spent = self._engine.spent  # seconds of answering, by phase
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """One answer a request, in order. UserError names the request whose prompt fills the model's context."""
-        prompts = [self._encode(request) for request in requests]
-        self._turn_to(requests)
-        streams = [(self._seed, *r.stream) for r in requests]
-        drawn = self._engine.generate(prompts, self._sampling, streams, _adapters(requests), self._rows)
-        return [
-            Answer(
+        """One answer a request, in order. UserError names the request whose prompt fills the model's context; where
+        earlier turns of the same round filled it (what a tool printed), there is an empty answer that was cut off."""
+        answers = [Answer("", finish="length", logprob=0.0)] * len(requests)
+        if not (prompts := self._read(requests)):
+            return answers
+        fit = [requests[place] for place in prompts]
+        streams = [(self._seed, *request.stream) for request in fit]
+        drawn = self._engine.generate([*prompts.values()], self._sampling, streams, _adapters(fit), self._rows)
+        for (place, prompt), sampled in zip(prompts.items(), drawn, strict=True):
+            answers[place] = Answer(
                 self._chat.decode(sampled.tokens), sampled.tokens, sampled.finish, sum(sampled.logprobs),
                 tuple(prompt), sampled.logprobs,
-            )
-            for prompt, sampled in zip(prompts, drawn, strict=True)
-        ]  # fmt: skip
+            )  # fmt: skip
+        return answers
 
     def recall(self, requests: Sequence[Request]) -> None:
         """Reads what was asked, as `answer` would, without answering."""
-        self._turn_to(requests)
-        prompts = [self._encode(request) for request in requests]
-        self._engine.prefill(prompts, self._sampling, _adapters(requests), self._rows)
+        if prompts := self._read(requests):
+            worn = _adapters([requests[place] for place in prompts])
+            self._engine.prefill([*prompts.values()], self._sampling, worn, self._rows)
 
     @contextmanager
     def wearing(self, params, lora) -> Iterator[None]:
@@ -67,21 +69,26 @@ class ModelPolicy:
         yield
         self._engine.forget()
 
-    def _encode(self, request: Request) -> list[int]:
-        ids = self._chat.encode(request.messages, request.tools)
-        if len(ids) >= self._context:
-            raise UserError(
-                f"episode {request.episode}, agent {request.agent}, round {request.round}: the prompt has {len(ids)} "
-                f"tokens, the model's context is {self._context}; a smaller evolve.window makes prompts shorter"
-            )
-        return ids
-
-    def _turn_to(self, requests: Sequence[Request]) -> None:
-        """Keeps what the engine remembers only if it is of these very episodes, and not of an earlier run of them."""
-        members = [(request.condition, request.episode, request.agent) for request in requests]
-        if members != self._members or any(request.round == 1 for request in requests):
+    def _read(self, requests: Sequence[Request]) -> dict[int, list[int]]:
+        """The prompts that fit into the model's context, by the places of their requests. What the engine remembers is
+        kept only if it is of these very episodes, and not of an earlier run of them."""
+        prompts = {}
+        for place, request in enumerate(requests):
+            ids = self._chat.encode(request.messages, request.tools)
+            if len(ids) < self._context:
+                prompts[place] = ids
+            elif not request.turn:
+                raise UserError(
+                    f"episode {request.episode}, agent {request.agent}, round {request.round}: the prompt has "
+                    f"{len(ids)} tokens, the model's context is {self._context}; a smaller evolve.window makes prompts "
+                    "shorter"
+                )
+        fit = [requests[place] for place in prompts]
+        members = [(request.condition, request.episode, request.agent) for request in fit]
+        if members != self._members or any(request.round == 1 and not request.turn for request in fit):
             self._engine.forget()
         self._members = members
+        return prompts
 
 
 def _adapters(requests: Sequence[Request]) -> list[int] | None:

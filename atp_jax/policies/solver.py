@@ -61,11 +61,12 @@ class Solver:
 
 
 def _whole(turns: Sequence[Answer], before: Sequence[dict]) -> Answer:
+    last, turns = turns[-1], [turn for turn in turns if turn.tokens] or turns[:1]  # a prompt too long has no answer
     ids, sampled, held = follow([(turn.prompt, turn.tokens) for turn in turns])
     known = iter([logprob for turn in turns[:held] for logprob in turn.logprobs])
     logprobs = tuple(next(known, 0.0) if mine else 0.0 for mine in sampled)
     sums = [turn.logprob for turn in turns]
     return dataclasses.replace(
-        turns[-1], tokens=tuple(ids), logprob=None if None in sums else sum(sums), prompt=turns[0].prompt,
+        last, tokens=tuple(ids), logprob=None if None in sums else sum(sums), prompt=turns[0].prompt,
         logprobs=logprobs, sampled=tuple(sampled), before=tuple(before), left_out=len(turns) - held,
     )  # fmt: skip

@@ -130,7 +130,7 @@ class Lives:
         self._first, self._convention = first, _convention(wording)
         self._tools = words.offered(wording, self._convention)
         self._simple, self._complex = (_problems(settings, kind)[0] for kind in ("simple", "complex"))
-        self._sandbox, self._grader = Sandbox(_limits(settings)), Grader()
+        self._sandbox = Sandbox(_limits(settings))
         self._histories: list[list[list[dict]]] = [[] for _ in episodes]  # messages of each round
         self._through = True
         with exact():
@@ -222,7 +222,7 @@ class Lives:
         flags = np.zeros((4, count), bool)  # complex, used tool, correct, present
         for row in ended:
             now = self._now[row]
-            correct = _correct(self._grader, now.said, now.problem.answer)
+            correct = _correct(now.said, now.problem.answer)
             flags[:, row] = now.problem.complex, now.used_tool, correct, True
         # What is measured is no part of a life's account.
         lived = flags.copy()
@@ -283,7 +283,7 @@ def read(answer: Answer, question: Question, wording: dict, settings: Settings) 
     attempt = _again(answer, wording, settings)
     if attempt.said is None:
         return "unparsed"
-    if not _correct(_grader(), attempt.said, question.answer):
+    if not _correct(attempt.said, question.answer):
         return "wrong"
     return "comply" if attempt.used_tool else "violate"
 
@@ -322,7 +322,7 @@ class Alone:
         records = []
         for request, problem, answer in zip(self._requests, self._problems, answers, strict=True):
             attempt = _again(answer, self._wording, self._settings)
-            decided, correct = attempt.decision, _correct(_grader(), attempt.said, problem.answer)
+            decided, correct = attempt.decision, _correct(attempt.said, problem.answer)
             records.append(
                 record(
                     request, problem.row, problem.environment, answer, decided, decided, 0.0,
@@ -342,14 +342,14 @@ def _again(answer: Answer, wording: dict, settings: Settings) -> words.Attempt:
     return attempt
 
 
-def _correct(grader: Grader, said: str | None, right: str) -> bool:
+def _correct(said: str | None, right: str) -> bool:
     """Is it the right answer? Of several processes the first says so."""
-    return said is not None and bool(processes.share(lambda: b"yes" if grader.same(said, right) else b""))
+    return said is not None and bool(processes.share(lambda: b"yes" if _grader().same(said, right) else b""))
 
 
 @cache
 def _grader() -> Grader:
-    """The one of all answers that are aligned on: its worker takes seconds to start."""
+    """The one of all answers: its worker takes seconds to start."""
     return Grader()
 
 
