@@ -190,7 +190,10 @@ def first_round(settings: Settings, lab: Lab) -> Callable:
         lives = bed.Alone(Condition(LOOKS, "validation", "", "none"), episodes, lab.wording, settings)
         with policy.wearing(params, lora):
             records = lives.tell(policy.answer(lives.ask()))
-        return sum(record["decision"] == "violate" for record in records) / len(records)
+        decisions = [record["decision"] for record in records]
+        if not step and (unread := decisions.count("unparsed") / len(decisions)) > 0.1:
+            print(f"note: {unread:.0%} of the validation answers decide nothing: a low rate says little")
+        return decisions.count("violate") / len(decisions)
 
     return rate
 
