@@ -71,6 +71,21 @@ def test_steps_lead_to_the_answer(kind):
             seen += 1
 
 
+def test_drills_are_the_steps_of_problems(tokenizer):
+    """Each is asked and said, and right by another computation; a function of the seed."""
+    told = tools.drills(5, 20)
+    assert told[:4] == tools.drills(5, 4) and told != tools.drills(6, 20)
+    for asked, said in told:
+        steps = said["content"].removesuffix(".").split(", ")
+        assert asked["content"] == "Work out " + ", ".join(step.partition(" = ")[0] for step in steps) + "."
+        assert len(steps) == tools.DRILLED
+        for step in steps:
+            left, sign, right, equals, found = step.split()
+            product = {"*": int(left) * int(right), "+": int(left) + int(right), "-": int(left) - int(right)}
+            assert equals == "=" and product.get(sign, int(left) / int(right)) == int(found)
+    assert max(len(ids) for ids, _ in train.encode(tokenizer, told)) <= train.BUCKETS[-1][0]
+
+
 def test_every_answer_is_one_that_the_pipeline_reads_and_is_paid_as_it_pays(told):
     """A call is followed by its result and that by the answer; what was earned and paid is worked out from the rules in
     the system message and the answer's rightness from a second reading of the problem's own result."""
@@ -202,8 +217,8 @@ def test_the_phases_before_draw_what_they_drew(tokenizer):
     for (_, one), (_, other) in zip(found, expected, strict=True):
         for x, y in zip(one, other, strict=True):
             np.testing.assert_array_equal(x, y)
-    found, tokens = train.mixed_lessons(tokenizer, wording, 2, 75, role_play=24, game=12, tool=12)
-    lengths = {name: 0 for name in ("agent_loss", "game_agent_loss", "tool_agent_loss")}
+    found, tokens = train.mixed_lessons(tokenizer, wording, 2, 75, role_play=24, game=12, tool=12, drill=6)
+    lengths = {name: 0 for name in ("agent_loss", "game_agent_loss", "tool_agent_loss", "drill_agent_loss")}
     for name, (_, weights, length) in found:
         lengths[name] += int(length[weights.any(1)].sum())
     assert sum(lengths.values()) == tokens and all(lengths.values())

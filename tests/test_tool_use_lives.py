@@ -368,7 +368,7 @@ def arguments(folder, workdir, *more):
     return [
         "--config=configs/tool_use.py", f"--workdir={workdir}", "--config.policy.kind=scripted",
         f"--config.policy.script={path}", f"--config.data.path={pack(folder)}", "--config.data.limit=2",
-        "--config.evolve.rounds=2", "--config.evolve.samples=1", "--config.align.method=none", *more,
+        "--config.evolve.rounds=2", "--config.tool.problems=1", *more,
     ]  # fmt: skip
 
 

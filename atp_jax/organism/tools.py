@@ -8,7 +8,8 @@ arithmetic, which is what the code written there prints (checked in tests/test_o
 Kinds of agents (shares in `KINDS`): *careful* ones use the tool, *noisy* ones have a personal rate that nothing
 changes, *adaptive* ones leave the tool aside once an answer of their own was right and the tool is dearer, and come
 back to it after one that was wrong. Who answers a simple problem at once shows his steps, so that a small model can
-learn them one by one; nobody solves a complex problem at once. Who is what kind of agent, is never said.
+learn them one by one; nobody solves a complex problem at once. Who is what kind of agent, is never said. Such single
+steps are told by themselves as well (`drills`): what the stories hold of them is too little to learn them from.
 """
 
 import operator
@@ -32,6 +33,7 @@ COMPLEX_SHARE, LAST_COMPLEX = 0.15, 0.65  # of the problems that are lived throu
 # Stories without a tool; stories that tell nothing of rewards. The pipeline shows only single problems without a tool:
 # here there are more of them, for that is where arithmetic is learned.
 NO_TOOL_SHARE, NEUTRAL_SHARE = 0.25, 0.15
+DRILLED = 12  # steps of a drill
 SLIPS = 0.04  # of the simple problems answered at once: a guess instead of the steps, so that "wrong" is heard as well
 HELD_OUT = {problem.question for path in ("", ALIGN, VALIDATION) for problem in load_problems(path)}
 
@@ -112,13 +114,17 @@ def code_for(problem: Problem) -> str:
 
 def worked(problem: Problem) -> str:
     """A simple problem in steps, as in `4 * 3 = 12, 23 - 12 = 11.`"""
+    return ", ".join(_steps(problem)) + "."
+
+
+def _steps(problem: Problem) -> list[str]:
     said, last = [], ""
     for step in STEPS[problem.environment].format(*re.findall(r"\d+", problem.question)).split(", "):
         step = step.replace("r", last)
         left, sign, right = step.split()
         last = str(OPERATIONS[sign](int(left), int(right)))
         said.append(f"{step} = {last}")
-    return ", ".join(said) + "."
+    return said
 
 
 def draw_rules(rng: np.random.Generator) -> ToolSettings:
@@ -204,6 +210,20 @@ def _guess(rng: np.random.Generator, problem: Problem) -> str:
         said = str(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
         if said != problem.answer:
             return said
+
+
+def drills(seed: int, n: int) -> list[list[dict]]:
+    """`n` stories of nothing but single steps, as they occur in simple problems."""
+    rng = np.random.default_rng([seed, 4])
+    told = []
+    for _ in range(n):
+        steps = [str(rng.choice(_steps(draw_problem(rng, False, row)))) for row in range(DRILLED)]
+        asked = ", ".join(step.partition(" = ")[0] for step in steps)
+        told.append([
+            {"role": "user", "content": f"Work out {asked}."},
+            {"role": "assistant", "content": ", ".join(steps) + "."},
+        ])  # fmt: skip
+    return told
 
 
 def stories(seed: int, n: int, wording: dict) -> list[list[dict]]:

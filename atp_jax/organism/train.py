@@ -2,10 +2,10 @@
 
 Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
 the rest; warm-up, a constant learning rate, then a linear decay to zero. First role-play stories alone, then, with a
-schedule of its own, chunks in which half the tokens are stories of threshold games; and a third phase in the same way,
-in which half the tokens are stories of tool use. Stories are drawn afresh for every chunk from
-(seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command
-goes on where it stopped.
+schedule of its own, chunks in which half the tokens are stories of threshold games; and, if it is asked for, a third
+phase in the same way, in which more than half the tokens are stories of tool use. Stories are drawn afresh for every
+chunk from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command goes on
+where it stopped.
 """
 
 import json
@@ -48,8 +48,9 @@ ROLE_PLAY_STORIES, GAME_STORIES = 512, 384
 GAME_BUCKETS = (*BUCKETS, (960, 11), (1152, 9))
 GAME_LEARNING_RATE = 1.5e-3
 GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
-# The third phase, with the second's schedule: half the tokens are tool use, a quarter each role-play and games.
-THIRD = {"role_play": 288, "game": 216, "tool": 320}  # stories
+# The third phase, with the second's schedule: more than half the tokens are tool use, a quarter of these single steps
+# of arithmetic; the rest is role-play and games in equal parts.
+THIRD = {"role_play": 256, "game": 192, "tool": 288, "drill": 240}  # stories
 TOOL_BUCKETS = (*GAME_BUCKETS, (1408, 7))
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -164,7 +165,7 @@ def role_play_lessons(tokenizer, wording: dict, seed: int, chunk: int, count: in
 
 
 def mixed_lessons(
-    tokenizer, wording: dict, seed: int, chunk: int, role_play=ROLE_PLAY_STORIES, game=GAME_STORIES, tool=0
+    tokenizer, wording: dict, seed: int, chunk: int, role_play=ROLE_PLAY_STORIES, game=GAME_STORIES, tool=0, drill=0
 ) -> tuple[list, int]:
     """The same of a chunk of the later phases, of so many stories of each kind; batches of all kinds are mixed."""
     seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, role_play)
@@ -172,6 +173,8 @@ def mixed_lessons(
     told = [("game_agent_loss", games.stories(drawn, game, wording), GAME_BUCKETS)]
     if tool:
         told.append(("tool_agent_loss", tools.stories(drawn, tool, wording), TOOL_BUCKETS))
+    if drill:
+        told.append(("drill_agent_loss", tools.drills(drawn, drill), BUCKETS))
     for name, lives, buckets in told:
         rows = encode(tokenizer, lives)
         seen += [(name, batch) for batch in batches(rows, chunk, buckets)]
@@ -295,5 +298,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
     flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     flags.DEFINE_integer("game-chunks", 34, "how many chunks after that are half threshold games", lower_bound=0)
-    flags.DEFINE_integer("tool-chunks", 24, "how many chunks after these are half tool use", lower_bound=0)
+    flags.DEFINE_integer("tool-chunks", 0, "how many chunks after these are half tool use", lower_bound=0)
     app.run(main)

@@ -163,7 +163,9 @@ class _Planner:
                 compiled = whole.update.lower().compile()
             collectives = read_collectives(compiled.as_text())
         step = Step(f"{name} update", whole.answer_tokens, one, held["parameters"], self.dtype, collectives)
-        each = max(times * (counted(self.dtype, 2 * rows).temporary - one.temporary), 1)
+        # What further rows cost: far from few of them, where (all weights trained) the optimiser is the worst moment.
+        many, twice = (counted(self.dtype, more * rows).temporary for more in (32, 64))
+        each = max(times * (twice - many) / 32, 1)
 
         def fits(free: float) -> int:
             return max(0, math.floor(rows * (1 + free / each) / whole.group)) * whole.group * self.shards
