@@ -4,26 +4,37 @@ Of several processes only process 0 writes and reads them; the others are told w
 these functions in the same order.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from atp_jax import processes
 from atp_jax.errors import UserError
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write so that `path` is replaced as a whole, once it is on disk, or not at all: a path beside it, which
+    takes its place when the block ends well."""
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.chmod(0o644)  # safetensors writes what nobody else can read
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `path` as a whole or not at all."""
-    if not processes.leads():
-        return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="ascii") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    if processes.leads():
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="ascii")
 
 
 def exists(path: Path) -> bool:
@@ -69,12 +80,9 @@ def append(path: Path, records: Sequence[dict]) -> None:
 
 def write_lines(path: Path, records: Sequence[dict]) -> None:
     """One JSON line a record, as `append` writes them; the file as a whole or not at all."""
-    if not processes.leads():
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    append(partial, records)
-    partial.replace(path)
+    if processes.leads():
+        with replacing(path) as partial:
+            append(partial, records)
 
 
 def read_lines(path: Path) -> list[dict]:

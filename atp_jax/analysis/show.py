@@ -12,6 +12,7 @@ from rich.text import Text
 from atp_jax.analysis import games_report, games_tables, report, tables, tools_report
 from atp_jax.analysis.tables import points, points_span, style
 from atp_jax.analysis.tipping import against_controls
+from atp_jax.files import replacing
 
 PLAIN_WIDTH = 100  # columns where no terminal says how many it has
 _OWN_TABLES = {"threshold_game": games_tables, "tool_use": tools_report}
@@ -43,6 +44,5 @@ def write_report(workdir: Path, results: Mapping, records: Mapping[str, Sequence
     folder = Path(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in _OWN_REPORTS.get(results["testbed"], report).files(results, records).items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(data)
-        partial.replace(folder / name)
+        with replacing(folder / name) as partial:
+            partial.write_bytes(data)

@@ -19,6 +19,7 @@ from flax import nnx
 
 from atp_jax import processes
 from atp_jax.errors import UserError
+from atp_jax.files import replacing
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.parallel import fetch, param_shardings
@@ -144,7 +145,7 @@ def _save(directory: Path, config: DecoderConfig, params, max_shard_bytes: int) 
         if not processes.leads():
             continue
         directory.mkdir(parents=True, exist_ok=True)
-        with _replacing(directory / file) as temporary:
+        with replacing(directory / file) as temporary:
             safetensors.numpy.save_file(content, temporary, metadata={"format": "pt"})
     if not processes.leads():
         return
@@ -303,20 +304,8 @@ def _plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """A temporary path beside `path` that takes its place when the block ends well and is removed when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # safetensors writes files that nobody else can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, content: dict) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

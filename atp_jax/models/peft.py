@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from atp_jax import processes
 from atp_jax.errors import UserError
-from atp_jax.files import write_json
+from atp_jax.files import replacing, write_json
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.huggingface import TENSORS, read_json
 from atp_jax.models.lora import TARGETS, Lora, place, sizes
@@ -56,8 +56,8 @@ def save(directory: str | os.PathLike, config: DecoderConfig, lora: Lora, base: 
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(tensors, directory / (WEIGHTS + ".partial"), metadata={"format": "pt"})
-        (directory / (WEIGHTS + ".partial")).replace(directory / WEIGHTS)
+        with replacing(directory / WEIGHTS) as partial:
+            safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
         write_json(directory / CONFIG, content)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{directory}: the adapter cannot be written: {error}") from error

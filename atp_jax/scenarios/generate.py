@@ -11,10 +11,8 @@ Exit status 0; 2 with one line on stderr for anything that you can mend. Warning
 
 import json
 import math
-import os
 import string
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from atp_jax.errors import UserError
+from atp_jax.files import replacing
 from atp_jax.scenarios.pack import read_json, read_row, warnings
 
 _SHIPPED = Path(__file__).with_name("role_play_templates.json")
@@ -140,15 +139,8 @@ def write(path: Path, rows: list[dict]) -> None:
     text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written: {error.strerror}") from None
 
