@@ -30,6 +30,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("atp_jax")
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that of two workers neither is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Lets go of the compiled programs of the modules before, once there are many.
