@@ -219,8 +219,8 @@ except processes.UserError as error:
 """
 # It waits for the third, which else would come too late to be told.
 DYING = """
-    there = sys.argv[1].replace(":", "") + ".third"
-    if index == 2: open(there, "w")
+    there = os.path.join(sys.argv[4], "third")
+    if index == 2: open(there, "w").close()
     while index == 1 and not os.path.exists(there): time.sleep(0.1)
     if index == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -235,10 +235,10 @@ DYING = """
     ],
     ids=["died", "no device", "twice"],
 )
-def test_what_goes_wrong_before_all_have_come_is_told_to_those_that_have(change, statuses, said):
+def test_what_goes_wrong_before_all_have_come_is_told_to_those_that_have(tmp_path, change, statuses, said):
     """At once, while they wait for one that never comes (START seconds), or for all others to find their devices."""
     code = COMING.format(**{"count": 4, "index": "index", "then": "pass", "without_device": False} | change)
-    found, errors = ended(start(3, code))
+    found, errors = ended(start(3, code, 1, str(tmp_path)))
     assert found == statuses and errors[0].startswith(said) and errors[0].count("\n") == 1
     assert errors[1:] == ["", ""]
 
