@@ -94,7 +94,7 @@ def train(
     state = init_state(trainable, optimiser)
     update = make_update(method.loss, optimiser)
     metrics_file = workdir / "metrics.jsonl"
-    shards = row_shards(given.mesh)
+    shards, placed = row_shards(given.mesh), named_sharding(model.mesh, "length", "batch")  # [M, rows, ...]
     fits: dict[tuple, int] = {}  # shapes of a batch -> prompts of a micro-batch
 
     def together(batch: dict[str, np.ndarray]) -> int:
@@ -106,7 +106,6 @@ def train(
             fits[shapes] = as_many_as_fit(update, state, fixed, batch, placed)
         return fits[shapes]
 
-    placed = named_sharding(model.mesh, "length", "batch")  # [M, rows, ...]
     looks: list[list] = []
 
     where = workdir / "checkpoints" / method.name

@@ -1,9 +1,9 @@
 """Examines an organism through the pipeline itself: `python -m atp_jax.organism.examine --model DIR --workdir DIR`.
 
 On the shipped packs, whose occupations, games and problems the training never saw: role-play in which violating is
-never caught (with and without history) and always caught, threshold games at 2, 4, 6 and 8 of 8, and tool use (with its
-rewards told and not). Prints one JSON object with what was measured and what is asked of the shipped weights; exit
-status 1 when something asked for is not there.
+never caught (with and without history) and always caught, and threshold games at 2, 4, 6 and 8 of 8; with --tools tool
+use as well (its rewards told and not), for weights of the third phase of training. Prints one JSON object with what was
+measured and what is asked of the weights; exit status 1 when something asked for is not there.
 """
 
 import json
@@ -57,14 +57,16 @@ def run(model: str, workdir: Path, seed: int, samples: int, **changes) -> tuple[
     return results["conditions"], [json.loads(line) for line in lines]
 
 
-def examine(model: str, workdir: Path, seed: int, samples: int) -> dict:
+def examine(model: str, workdir: Path, seed: int, samples: int, tools: bool = False) -> dict:
     """`{"measured": {testbed: ...}, "asked": {what: whether it holds}}` of an organism's directory (empty: the shipped
     one)."""
     found, held = examine_role_play(model, workdir, seed, samples)
     played, more = examine_games(model, workdir, seed, samples)
-    solved, last = examine_tools(model, workdir, seed, samples)
-    measured = {"role_play": found, "threshold_game": played, "tool_use": solved}
-    return {"measured": measured, "asked": held | more | last}
+    measured, asked = {"role_play": found, "threshold_game": played}, held | more
+    if tools:
+        measured["tool_use"], last = examine_tools(model, workdir, seed, samples)
+        asked |= last
+    return {"measured": measured, "asked": asked}
 
 
 def examine_tools(model: str, workdir: Path, seed: int, samples: int) -> tuple[dict, dict]:
@@ -166,7 +168,7 @@ def examine_role_play(model: str, workdir: Path, seed: int, samples: int) -> tup
 def main(argv):
     del argv
     values = flags.FLAGS
-    found = examine(values.model, Path(values.workdir), values.seed, values.samples)
+    found = examine(values.model, Path(values.workdir), values.seed, values.samples, values.tools)
     print(json.dumps(found, indent=1))
     sys.exit(0 if all(found["asked"].values()) else 1)
 
@@ -176,4 +178,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "where the runs are kept", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the runs")
     flags.DEFINE_integer("samples", 10, "episodes a scenario")
+    flags.DEFINE_bool("tools", False, "tool use as well")
     app.run(main)
