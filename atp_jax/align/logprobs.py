@@ -24,7 +24,7 @@ def answer_logprobs(
         prompts, prompt_lengths, answers, lengths, remat=remat, lora=lora, adapter=adapter
     )  # fmt: skip
     rows, count = len(answers), answers.shape[1] * answers.shape[2]
-    chunk = min(chunk, count)
+    chunk, head = min(chunk, count), decoder.heads(rows)
     padding = -count % chunk
 
     def by_chunk(x):
@@ -34,7 +34,7 @@ def answer_logprobs(
 
     def score(_, part):
         hidden, targets = part
-        logits = decoder.head(hidden) / temperature
+        logits = head(hidden) / temperature
         whole = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - whole
         fixed = jax.lax.stop_gradient(logits - whole[..., None])

@@ -188,9 +188,26 @@ class Decoder(nnx.Module):
 
     def head(self, hidden):
         """Logits float32 [..., V] of hidden states [..., H], accumulated in float32."""
-        weight = self.embedding if self.lm_head is None else self.lm_head
-        logits = dot("xh,vh->xv", hidden.reshape(-1, hidden.shape[-1]), weight[...], jnp.float32)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return self.heads(1)(hidden)
+
+    def heads(self, rows: int):
+        """`head` for hidden states [rows, ...], to be used again and again.
+
+        Each device takes the head whole, once, and gathers the gradient of its own rows, which the devices add up once:
+        it is a copy for each of the parts that rows are divided into, which lies with that part. With one for all the
+        compiler fetches it and adds its gradient up anew in each step of a scan that uses it.
+        """
+        weight = (self.embedding if self.lm_head is None else self.lm_head)[...]
+        parts = 1 if self.mesh is None or rows % row_shards(self.mesh) else row_shards(self.mesh)
+        copies = jnp.broadcast_to(weight, (parts, *weight.shape))
+        if parts > 1:
+            copies = jax.lax.with_sharding_constraint(copies, named_sharding(self.mesh, "batch", "vocab", "length"))
+
+        def logits(hidden):
+            found = dot("pxh,pvh->pxv", hidden.reshape(parts, -1, hidden.shape[-1]), copies, jnp.float32)
+            return found.reshape(*hidden.shape[:-1], -1)
+
+        return logits
 
     def _through(self, tokens, positions, attend, remat: bool, lora: Lora | None, adapter):
         """All layers over whole rows: tokens, positions [B, T] -> [B, T, H] after the last norm. attend: (query, key,
