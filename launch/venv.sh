@@ -8,8 +8,10 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-# On a CPU XLA takes fresh memory for every step; in large pages it costs less (glibc 2.35 or newer, else ignored).
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+# On a CPU XLA takes memory for every step and gives it back. Kept for the next one, and in large pages, it costs less
+# (BUILD_NOTES.md, "The engine"; of the GNU C library 2.35 or newer, else ignored).
+keep="glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep}"
 
 find_python() {
     local candidate
