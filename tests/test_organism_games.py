@@ -229,8 +229,13 @@ def test_a_chunk_of_the_second_phase_is_half_games(wording):
     assert by_kind["game_agent_loss"] / tokens == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_two_schedules():
-    assert train.scheduled_rate(35, 70, 36) == train.learning_rate(0.5) == train.LEARNING_RATE
-    assert train.scheduled_rate(70 + 36 * 0.2, 70, 36) == train.GAME_LEARNING_RATE
-    assert train.scheduled_rate(106, 70, 36) == 0 and train.scheduled_rate(70, 70, 36) == 0
+def test_each_phase_has_a_schedule_of_its_own():
+    phases = (70, 36, 0, 10)
+    assert [train.phase_of(chunk, phases) for chunk in (0, 69, 70, 105, 106, 115)] == [0, 0, 1, 1, 3, 3]
+    assert train.scheduled_rate(35, phases) == train.learning_rate(0.5) == train.LEARNING_RATE
+    assert train.scheduled_rate(70 + 36 * 0.2, phases) == train.scheduled_rate(108, phases) == train.GAME_LEARNING_RATE
+    assert train.scheduled_rate(70, phases) == train.scheduled_rate(106, phases) == 0
+    for last, lasting in ((105.5, 36), (115.5, 10)):
+        expected = train.GAME_LEARNING_RATE * 0.5 / lasting / train.GAME_DECAY
+        assert train.scheduled_rate(last, phases) == pytest.approx(expected)
     assert json.dumps(train.BUCKETS) == json.dumps(train.GAME_BUCKETS[: len(train.BUCKETS)])

@@ -224,9 +224,14 @@ def test_the_phases_before_draw_what_they_drew(tokenizer):
     assert sum(lengths.values()) == tokens and all(lengths.values())
 
 
-def test_the_third_schedule():
-    assert train.scheduled_rate(106, 70, 36, 20) == 0
-    assert train.scheduled_rate(106 + 20 * 0.2, 70, 36, 20) == train.GAME_LEARNING_RATE
-    assert train.scheduled_rate(126, 70, 36, 20) == 0
-    for time in (10, 35, 71.5, 90, 105.5):
-        assert train.scheduled_rate(time, 70, 36, 20) == train.scheduled_rate(time, 70, 36)
+def test_a_later_phase_changes_no_rate_of_those_before():
+    for time in (10, 35, 71.5, 90, 105.5, 125.9):
+        assert train.scheduled_rate(time, (70, 36, 20, 10)) == train.scheduled_rate(time, (70, 36, 20, 0))
+
+
+def test_drills_hold_the_operations_in_their_shares():
+    signs = [step.split()[1] for _, said in tools.drills(3, 200) for step in said["content"].split(", ")]
+    for sign, share in tools.OPERATION_SHARES.items():
+        # Five standard errors of a share of 2,400 draws.
+        assert abs(signs.count(sign) / len(signs) - share) < 5 * (share * (1 - share) / len(signs)) ** 0.5
+    assert sum(tools.OPERATION_SHARES.values()) == pytest.approx(1)

@@ -2,14 +2,15 @@
 
 Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
 the rest; warm-up, a constant learning rate, then a linear decay to zero. First role-play stories alone, then, with a
-schedule of its own, chunks in which half the tokens are stories of threshold games; and, if it is asked for, a third
-phase in the same way, in which more than half the tokens are stories of tool use. Stories are drawn afresh for every
-chunk from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same command goes on
-where it stopped.
+schedule of its own, chunks in which half the tokens are stories of threshold games; then in the same way chunks in
+which more than half the tokens are tool use; then chunks that are mostly drills of its arithmetic. Stories are drawn
+afresh for every chunk from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same
+command goes on where it stopped.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -51,6 +52,8 @@ GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
 # The third phase, with the second's schedule: more than half the tokens are tool use, a quarter of these single steps
 # of arithmetic; the rest is role-play and games in equal parts.
 THIRD = {"role_play": 256, "game": 192, "tool": 288, "drill": 240}  # stories
+# The fourth, likewise: sums and differences of two digits take a hundred thousand examples, not ten thousand.
+FOURTH = {"role_play": 96, "game": 72, "tool": 128, "drill": 900}
 TOOL_BUCKETS = (*GAME_BUCKETS, (1408, 7))
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -148,14 +151,19 @@ def learning_rate(progress: float, peak=LEARNING_RATE, warm_up=WARM_UP, decay=DE
     return peak * min(1.0, progress / warm_up, (1.0 - progress) / decay)
 
 
-def scheduled_rate(time: float, chunks: int, game_chunks: int, tool_chunks: int = 0) -> float:
-    """The learning rate after `time` chunks: each phase has a trapezoid of its own."""
-    if time < chunks:
-        return learning_rate(time / chunks)
-    begun, lasting = chunks, game_chunks
-    if tool_chunks and time >= chunks + game_chunks:
-        begun, lasting = chunks + game_chunks, tool_chunks
-    return learning_rate((time - begun) / lasting, GAME_LEARNING_RATE, GAME_WARM_UP, GAME_DECAY)
+def scheduled_rate(time: float, phases: Sequence[int]) -> float:
+    """The learning rate after `time` chunks; phases: the chunks of each. Each has a trapezoid of its own."""
+    begun, shape = 0, ()
+    for lasting in phases:
+        if time < begun + lasting:
+            break
+        begun, shape = begun + lasting, (GAME_LEARNING_RATE, GAME_WARM_UP, GAME_DECAY)
+    return learning_rate((time - begun) / lasting, *shape)
+
+
+def phase_of(chunk: int, phases: Sequence[int]) -> int:
+    """Which phase a chunk belongs to, counted from 0."""
+    return int(np.searchsorted(np.cumsum(phases), chunk, side="right"))
 
 
 def role_play_lessons(tokenizer, wording: dict, seed: int, chunk: int, count: int) -> tuple[list, int]:
@@ -239,8 +247,9 @@ def _tokenizer(directory: Path, wording: dict):
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def train(out: Path, workdir: Path, seed: int, chunks: int, game_chunks: int, tool_chunks: int = 0) -> None:
-    """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`."""
+def train(out: Path, workdir: Path, seed: int, phases: Sequence[int]) -> None:
+    """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`. phases: the chunks of
+    role-play alone, with games, with tool use, and of drills."""
     workdir.mkdir(parents=True, exist_ok=True)
     wording = load_wording()
     for part in ("threshold_game", "tool_use"):  # the same pack: checks these parts of it
@@ -255,16 +264,15 @@ def train(out: Path, workdir: Path, seed: int, chunks: int, game_chunks: int, to
 
     with Checkpoints(workdir / "checkpoints") as checkpoints, (workdir / "metrics.jsonl").open("a") as metrics:
         done, state, _ = checkpoints.latest(state) or (0, state, {})
-        for chunk in range(done, chunks + game_chunks + tool_chunks):
-            began = time.monotonic()
-            if chunk < chunks:
-                seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, STORIES_PER_CHUNK)
+        for chunk in range(done, sum(phases)):
+            began, phase = time.monotonic(), phase_of(chunk, phases)
+            if phase:
+                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk, **({}, THIRD, FOURTH)[phase - 1])
             else:
-                counts = THIRD if chunk >= chunks + game_chunks else {}
-                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk, **counts)
+                seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, STORIES_PER_CHUNK)
             losses = {"loss": [], "agent_loss": []}
             for i, (name, batch) in enumerate(seen):
-                rate = scheduled_rate(chunk + (i + 0.5) / len(seen), chunks, game_chunks, tool_chunks)
+                rate = scheduled_rate(chunk + (i + 0.5) / len(seen), phases)
                 state["params"], state["optimiser"], loss, agent = step(
                     state["params"], state["optimiser"], *batch, rate)
                 losses["loss"].append(loss)
@@ -288,8 +296,8 @@ def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    chunks = values.chunks, values["game-chunks"].value, values["tool-chunks"].value
-    train(Path(values.out), Path(values.workdir), values.seed, *chunks)
+    later = (values[f"{kind}-chunks"].value for kind in ("game", "tool", "drill"))
+    train(Path(values.out), Path(values.workdir), values.seed, (values.chunks, *later))
 
 
 if __name__ == "__main__":
@@ -299,4 +307,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
     flags.DEFINE_integer("game-chunks", 34, "how many chunks after that are half threshold games", lower_bound=0)
     flags.DEFINE_integer("tool-chunks", 0, "how many chunks after these are half tool use", lower_bound=0)
+    flags.DEFINE_integer("drill-chunks", 0, "how many chunks after these are mostly drills", lower_bound=0)
     app.run(main)
