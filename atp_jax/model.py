@@ -165,8 +165,7 @@ def load_model(
     `data` if None. adapter: a PEFT directory that it wears, empty for none. Only safetensors are read, and no code of
     the directory is run. UserError says in one line what is missing or wrong.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     directory = huggingface.resolve(path_or_hub_id or ORGANISM)
     config = huggingface.load_config(directory)
     tokenizer = _load_tokenizer(directory)
@@ -178,6 +177,12 @@ def load_model(
     if not model.stop:
         logging.getLogger(__name__).warning("%s: no eos_token_id anywhere: answers end only by length", directory)
     return model
+
+
+def check_dtype(dtype: str) -> None:
+    """UserError for what no model is computed in."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

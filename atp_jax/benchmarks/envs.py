@@ -9,15 +9,14 @@ repetitions after compilation), compile_s of both, the shapes and the machine.
 
 import functools
 import json
-import os
 import time
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from absl import app, flags
 
+from atp_jax.benchmarks.machine import machine
 from atp_jax.envs import role_play, threshold_game
 
 
@@ -72,15 +71,12 @@ def measure(games: int, agents: int, rounds: int, repeats: int) -> dict:
     decisions = rng.integers(0, 3, (rounds, games, agents), dtype=np.int32)
     played, compiled = seconds(threshold_game, threshold_games(games, agents), decisions, repeats)
     lived, compiled_too = seconds(role_play, role_plays(games, rounds), decisions[:, :, 0], repeats)
-    device = jax.devices()[0]
     return {
         "agent_steps_per_s": round(rounds * games * agents / played),
         "episode_steps_per_s": round(rounds * games / lived),
         "threshold_game_s": played, "role_play_s": lived, "compile_s": round(compiled + compiled_too, 2),
         "games": games, "agents": agents, "rounds": rounds, "repeats": repeats, "dtype": "float32",
-        "device": device.device_kind, "devices": jax.device_count(), "cores": os.cpu_count(),
-        "jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__,
-    }  # fmt: skip
+    } | machine()  # fmt: skip
 
 
 def main(argv):
