@@ -1,13 +1,18 @@
-"""Seconds of answering a batch of prompts of one length, beside transformers `generate` if wanted.
+r"""Seconds of answering a batch of prompts of one length, beside transformers `generate` if wanted.
 
     python -m atp_jax.benchmarks.generate --make-test-model DIR
-    python -m atp_jax.benchmarks.generate --model DIR --prompt 256 --new 64 --batch 1,16,64 [--against transformers]
+    python -m atp_jax.benchmarks.generate --model DIR [--random] --prompt 256 --new 64 --batch 1,16,64 \
+        [--against transformers]
 
 Random prompts; exactly `new` sampled tokens an answer. Prints one JSON object a batch size: seconds (median after the
 first, which compiles), prefill_s and decode_s of it, tokens_per_s (new tokens), compile_s, and the machine. With
 --against the peer answers the same prompts in alternation, in a process of its own: peer_s and ratio = peer_s /
 seconds. On an accelerator `roofline` is the share of decoding that reading the weights and the filled cache would take
-at the bandwidth `bandwidth_gb_s` that copying a gigabyte reaches.
+at the bandwidth `bandwidth_gb_s` that copying a gigabyte reaches, `prefill_mfu` the share of prefill that its
+multiplications and additions (work.py) would take at the rate `product_tflops` of a large product in this dtype;
+`peak_gb` is the most memory in use so far on the first device.
+
+--random takes of DIR only config.json, and random weights of that shape.
 
 --make-test-model writes a random Qwen3 of 7.3 million parameters and does nothing else: vocabulary 4096, hidden 256,
 feed-forward 768, 8 layers, 8 heads, 4 key-value heads of 32, tied. Its tokenizer is the organism's with unused tokens.
@@ -15,19 +20,20 @@ feed-forward 768, 8 layers, 8 heads, 4 key-value heads of 32, tied. Its tokenize
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
 from atp_jax.benchmarks.peer import Peer
+from atp_jax.benchmarks.random_model import random_model
+from atp_jax.benchmarks.work import must_read, prefill_flops
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
 from atp_jax.generate.sampling import Sampling
@@ -60,38 +66,16 @@ def make_test_model(directory: Path) -> None:
     made.save_pretrained(directory)
 
 
-def bandwidth(size: int = 2**30) -> float:
-    """Bytes a second that copying `size` bytes reads and writes, the best of ten times."""
-    copy = jax.jit(lambda x: x + 1)
-    array = jax.block_until_ready(copy(jnp.zeros(size // 4, jnp.float32)))
-    spent = []
-    for _ in range(10):
-        began = time.perf_counter()
-        jax.block_until_ready(copy(array))
-        spent.append(time.perf_counter() - began)
-    return 2 * size / min(spent)
+def transformers_peer(model: str, dtype: str, random: bool = False) -> Peer:
+    """The peer that answers the same prompts."""
+    given = {"model": model, "dtype": dtype, "random": random, "device": torch_device(dtype)}
+    return Peer("atp_jax.benchmarks.peer", **given)
 
 
-def must_read(model: Model, rows: int, length: int, new: int) -> int:
-    """Bytes that decoding `new` tokens behind `length` has to read: the weights (of an untied embedding nothing) and
-    the filled part of the cache, once a token."""
-    config, width = model.config, jnp.dtype(model.dtype).itemsize
-    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size
-    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return width * (new * weights + position * rows * sum(range(length, length + new)))
-
-
-def machine() -> dict:
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind, "devices": jax.device_count(), "cores": os.cpu_count(), "jax": jax.__version__,
-    }  # fmt: skip
-
-
-def measure(model: Model, rows: int, prompt: int, new: int, repeats: int, peer: Peer | None = None) -> dict:
-    """The JSON object of one batch size."""
+def measure(
+    model: Model, rows: int, prompt: int, new: int, repeats: int, peer: Peer | None = None, reached: Rates | None = None
+) -> dict:
+    """The JSON object of one batch size. reached: what a device does at its best, if shares of it are asked for."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, model.config.vocab_size, (rows, prompt)).tolist()
     engine, sampling = Engine(model.config, model.params, (), model.mesh, model.lora), Sampling(max_new_tokens=new)
@@ -105,7 +89,7 @@ def measure(model: Model, rows: int, prompt: int, new: int, repeats: int, peer: 
         assert all(len(answer.tokens) == new for answer in drawn)
         phases.append([engine.spent["prefill"], engine.spent["decode"]])
         if peer:
-            theirs.append(peer.seconds(prompts, new))
+            theirs.append(peer.seconds(prompts=prompts, new=new, each=False))
     seconds = float(np.median(spent[1:]))
     prefill, decode = (float(value) for value in np.median(phases[1:], axis=0))
     result = {
@@ -115,10 +99,14 @@ def measure(model: Model, rows: int, prompt: int, new: int, repeats: int, peer: 
     if peer:
         seconds = float(np.median(theirs[1:]))
         result |= {"peer_s": round(seconds, 4), "ratio": round(seconds / result["seconds"], 2), "peer": peer.about}
-    if jax.devices()[0].platform != "cpu":
-        reached = bandwidth()
-        share = must_read(model, rows, prompt, new) / reached / jax.device_count() / decode
-        result |= {"bandwidth_gb_s": round(reached / 1e9), "roofline": round(share, 3)}
+    if reached:
+        read, flops = must_read(model, rows, prompt, new), prefill_flops(model.config, rows, prompt)
+        result |= {
+            "bandwidth_gb_s": round(reached.bandwidth / 1e9),
+            "roofline": round(read / reached.bandwidth / jax.device_count() / decode, 3),
+            "product_tflops": round(reached.flops / 1e12, 1),
+            "prefill_mfu": round(flops / reached.flops / jax.device_count() / prefill, 3),
+        }  # fmt: skip
     return result | {"prompt": prompt, "new": new, "repeats": repeats, "dtype": model.dtype} | machine()
 
 
@@ -129,12 +117,13 @@ def main(argv):
         if v["make-test-model"].value:
             make_test_model(Path(v["make-test-model"].value))
             return
-        model = load_model(v.model, dtype=v.dtype)
-        if v.against and v.dtype != "float32":
-            raise UserError("--against=transformers runs in float32; leave --dtype out")
-        with Peer(v.model or str(ORGANISM)) if v.against else contextlib.nullcontext() as peer:
+        reached = rates(v.dtype)
+        path = v.model or str(ORGANISM)
+        model = random_model(path, v.dtype) if v.random else load_model(path, v.dtype)
+        theirs = transformers_peer(path, v.dtype, v.random) if v.against else contextlib.nullcontext()
+        with theirs as peer:
             for rows in v.batch:
-                print(json.dumps(measure(model, int(rows), v.prompt, v.new, v.repeats, peer)), flush=True)
+                print(json.dumps(measure(model, int(rows), v.prompt, v.new, v.repeats, peer, reached)), flush=True)
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
@@ -143,6 +132,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("make-test-model", "", "write the test model to this directory and do nothing else")
     flags.DEFINE_string("model", "", "Hugging Face directory; empty: the embedded organism")
+    flags.DEFINE_boolean("random", False, "random weights of the shape in its config.json")
     flags.DEFINE_integer("prompt", 256, "tokens of a prompt", lower_bound=1)
     flags.DEFINE_integer("new", 64, "tokens of an answer", lower_bound=1)
     flags.DEFINE_list("batch", "1,16,64", "prompts answered together")

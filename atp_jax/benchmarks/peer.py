@@ -1,75 +1,147 @@
-"""The peer that the engine is measured against: transformers `generate`, in a process of its own (the `torch` extra).
+"""Peers that the benchmarks are measured against, each in a process of its own (the extra `torch`): two programs in one
+process would share its threads.
 
-    python -m atp_jax.benchmarks.peer DIR
+Both sides speak in lines of JSON. The benchmark first says what there is to work on, which the peer answers with its
+versions; then it asks for one piece of work after another, each answered with {"seconds": 1.5}. {"error": "..."} in
+place of an answer is the last one.
 
-Reads one JSON object a line, {"prompts": [[id, ...], ...], "new": 64, "each": false}, answers the prompts with exactly
-`new` sampled tokens each, as one batch padded on the left (or, with `each`, one call a prompt), and writes one object
-{"seconds": 1.5} a line. Before the first it writes its versions. Two programs in one process would share its threads.
+`python -m atp_jax.benchmarks.peer` is such a peer, transformers `generate`. It is given {"model", "dtype", "random",
+"device"}; asked {"prompts": [[id, ...], ...], "new": 64, "each": false} it answers the prompts with exactly `new`
+sampled tokens each, as one batch padded on the left (or, with `each`, one call a prompt).
 """
 
+import contextlib
+import importlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from atp_jax.errors import UserError
 
 
 class Peer:
-    """That process, as the benchmarks hold it: `with Peer(directory) as peer: peer.seconds(prompts, 64)`."""
+    """A peer's process as a benchmark holds it: `with Peer(module, **given) as peer: peer.seconds(**asked)`."""
 
-    def __init__(self, directory: str):
-        command = [sys.executable, "-m", "atp_jax.benchmarks.peer", directory]
+    def __init__(self, module: str, **given):
+        command = [sys.executable, "-m", module]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._read()
+        try:
+            self.about = self._ask(given)
+        except UserError:
+            self._end()
+            raise
 
-    def seconds(self, prompts: Sequence[Sequence[int]], new: int, each: bool = False) -> float:
-        """How long it takes for `new` tokens a prompt."""
-        self._process.stdin.write(json.dumps({"prompts": [list(p) for p in prompts], "new": new, "each": each}) + "\n")
-        self._process.stdin.flush()
-        return self._read()["seconds"]
+    def seconds(self, **asked) -> float:
+        """How long it takes for a piece of work."""
+        return self._ask(asked)["seconds"]
 
-    def _read(self) -> dict:
+    def _ask(self, said: dict) -> dict:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is nothing to read either
+            self._process.stdin.write(json.dumps(said) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
-        if not line:
-            raise UserError("the peer ended: --against=transformers needs the extra `torch`; its own words stand above")
-        return json.loads(line)
+        answer = json.loads(line) if line else {"error": "the peer ended; its own words stand above"}
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def _end(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._process.stdin.close()
-        self._process.wait()
+        self._end()
 
 
-def main(directory: str) -> None:
+class Benchmark:
+    """The benchmark as a peer's process holds it. What libraries print is no answer and goes to stderr."""
+
+    def __init__(self):
+        self._answers, sys.stdout = sys.stdout, sys.stderr
+
+    def hear(self) -> dict:
+        """What it asks next. Ends the process where nothing comes any more."""
+        return json.loads(sys.stdin.readline() or sys.exit())
+
+    def say(self, **answer) -> None:
+        print(json.dumps(answer), file=self._answers, flush=True)
+
+
+def run(work: Callable[[Benchmark], None]) -> None:
+    """The main program of a peer."""
+    benchmark = Benchmark()
+    try:
+        work(benchmark)
+    except ImportError as error:
+        benchmark.say(error=f"--against: {error}; it needs the extra `torch`")
+    except UserError as error:
+        benchmark.say(error=str(error))
+
+
+def load(given: dict, dtype: str):
+    """The model of transformers that is `given`, on its device."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps(versions | {"threads": torch.get_num_threads()}), flush=True)
+    if given["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("--against: torch sees no GPU; it needs a build of torch for this one's driver")
+    auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, dtype)
+    if not given["random"]:
+        return auto.from_pretrained(given["model"], dtype=dtype).to(given["device"])
+    with torch.device(given["device"]):
+        return auto.from_config(transformers.AutoConfig.from_pretrained(given["model"]), dtype=dtype)
+
+
+def about(model, *packages: str) -> dict:
+    """A peer's versions, and where it computes."""
+    import torch
+
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", *packages)}
+    return versions | {"threads": torch.get_num_threads(), "device": str(model.device), "dtype": str(model.dtype)}
+
+
+def clock(device: str) -> float:
+    """Now, once the device has done what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def generate(benchmark: Benchmark) -> None:
+    """The work of transformers."""
+    import torch
+
+    given = benchmark.hear()
+    model, device = load(given, given["dtype"]).eval(), given["device"]
+    benchmark.say(**about(model))
 
     def answer(prompts: list[list[int]], new: int) -> None:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         drawn = model.generate(
             ids, attention_mask=real, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new,
             min_new_tokens=new, pad_token_id=0,
         )  # fmt: skip
         assert drawn.shape == (len(prompts), width + new), drawn.shape
 
-    for line in sys.stdin:
-        asked = json.loads(line)
+    while True:
+        asked = benchmark.hear()
         prompts = asked["prompts"]
-        began = time.perf_counter()
+        began = clock(device)
         for batch in [[prompt] for prompt in prompts] if asked["each"] else [prompts]:
             answer(batch, asked["new"])
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        benchmark.say(seconds=clock(device) - began)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(generate)

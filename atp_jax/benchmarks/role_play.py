@@ -18,7 +18,8 @@ import time
 
 from absl import app, flags
 
-from atp_jax.benchmarks.generate import machine
+from atp_jax.benchmarks.generate import transformers_peer
+from atp_jax.benchmarks.machine import machine
 from atp_jax.benchmarks.peer import Peer
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling
@@ -47,7 +48,7 @@ def live(policy: ModelPolicy, items: list, rounds: int, new: int, peer: Peer | N
         phases = {"prefill_s": policy.spent["prefill"], "decode_s": policy.spent["decode"]}
         phases |= {"seconds": took, "host_s": took - sum(phases.values())}
         if peer:
-            phases["peer_s"] = peer.seconds([answer.prompt for answer in answers], new, each)
+            phases["peer_s"] = peer.seconds(prompts=[answer.prompt for answer in answers], new=new, each=each)
         longest = max(len(answer.prompt) for answer in answers)
         spent.append({"round": number, "longest_prompt": longest} | {k: round(v, 3) for k, v in phases.items()})
     return spent
@@ -81,8 +82,9 @@ def main(argv):
     del argv
     v = flags.FLAGS
     try:
-        model = load_model(v.model, dtype=v.dtype)
-        with Peer(v.model or str(ORGANISM)) if v.against else contextlib.nullcontext() as peer:
+        path = v.model or str(ORGANISM)
+        model = load_model(path, v.dtype)
+        with transformers_peer(path, v.dtype) if v.against else contextlib.nullcontext() as peer:
             each = v.against == "transformers_each"
             print(json.dumps(measure(model, v.data, v.items, v.rounds, v.new, peer, each)))
     except UserError as error:
