@@ -42,9 +42,16 @@ def test_both_measure_every_phase():
 def test_shares_are_of_what_the_device_reaches():
     """Of rates so low that rounding does not matter."""
     model, reached = load_model(), Rates(bandwidth=1e3, flops=2e4)
-    result = generate.measure(model, rows=2, prompt=20, new=3, repeats=1, reached=reached)
+    result = generate.measure(model, rows=8, prompt=200, new=16, repeats=1, reached=reached)
     devices = jax.device_count()
-    decoding = must_read(model, rows=2, length=20, new=3) / 1e3 / devices
+    decoding = must_read(model, rows=8, length=200, new=16) / 1e3 / devices
     assert result["roofline"] == pytest.approx(decoding / result["decode_s"], rel=0.05)
-    prefill = prefill_flops(model.config, rows=2, length=20) / 2e4 / devices
+    prefill = prefill_flops(model.config, rows=8, length=200) / 2e4 / devices
     assert result["prefill_mfu"] == pytest.approx(prefill / result["prefill_s"], rel=0.05)
+
+
+def test_batches_are_positive_integers():
+    assert generate.batch_sizes(["1", "16"]) == [1, 16]
+    for wrong in ("x", "0", "-1", "1.5", ""):
+        with pytest.raises(UserError, match=f"positive integers with commas between them, not '{wrong}'"):
+            generate.batch_sizes(["1", wrong])

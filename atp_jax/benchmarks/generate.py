@@ -22,6 +22,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -110,6 +111,13 @@ def measure(
     return result | {"prompt": prompt, "new": new, "repeats": repeats, "dtype": model.dtype} | machine()
 
 
+def batch_sizes(given: Sequence[str]) -> list[int]:
+    """UserError where one of them is no positive integer."""
+    if wrong := [size for size in given if not size.isdecimal() or int(size) == 0]:
+        raise UserError(f"--batch takes positive integers with commas between them, not {wrong[0]!r}")
+    return [int(size) for size in given]
+
+
 def main(argv):
     del argv
     v = flags.FLAGS
@@ -117,13 +125,13 @@ def main(argv):
         if v["make-test-model"].value:
             make_test_model(Path(v["make-test-model"].value))
             return
-        reached = rates(v.dtype)
+        batches, reached = batch_sizes(v.batch), rates(v.dtype)
         path = v.model or str(ORGANISM)
         model = random_model(path, v.dtype) if v.random else load_model(path, v.dtype)
         theirs = transformers_peer(path, v.dtype, v.random) if v.against else contextlib.nullcontext()
         with theirs as peer:
-            for rows in v.batch:
-                print(json.dumps(measure(model, int(rows), v.prompt, v.new, v.repeats, peer, reached)), flush=True)
+            for rows in batches:
+                print(json.dumps(measure(model, rows, v.prompt, v.new, v.repeats, peer, reached)), flush=True)
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
