@@ -150,6 +150,31 @@ def test_rounds_that_reuse_a_prefix_answer_like_fresh_ones(new_engine, monkeypat
         assert_same(answers, new_engine().generate(prompts, asked, streams(0, 1, 2, round=number)))
 
 
+def test_some_go_on_while_the_others_wait(new_engine, monkeypatch):
+    """As agents that call a tool: they go on in their rows, the others keep theirs, and next round nothing is read
+    twice. What does not begin with a row's prompt, or is asked in another order, is read anew and answered the same."""
+    engine, asked = new_engine(), Sampling(max_new_tokens=10)
+    prompts = text(3, 40, 25, 8, 30)
+    answers = engine.generate(prompts, asked, streams(0, 1, 2, 3))
+    longer = [p + list(a.tokens) + text(4, 9)[0] for p, a in zip(prompts, answers, strict=True)]
+
+    def check(number, some, texts, read):
+        with prefilled(monkeypatch) as counts:
+            found = engine.generate(texts, asked, streams(*some, round=number))
+        if read is not None:
+            np.testing.assert_array_equal(np.sum(counts, axis=0), read)
+        assert_same(found, new_engine().generate(texts, asked, streams(*some, round=number)))
+        return found
+
+    called = check(2, (1, 3), [longer[1], longer[3]], [0, 19, 0, 19])
+    for row, answer in zip((1, 3), called, strict=True):
+        longer[row] = longer[row] + list(answer.tokens) + text(5, 6)[0]
+    check(3, (3,), [longer[3]], [0, 0, 0, 16])
+    check(4, (0, 1, 2, 3), longer, [19, 16, 19, 1])
+    check(5, (3, 0), [longer[3], longer[0]], None)
+    check(6, (0, 1, 2, 3), longer, None)
+
+
 def test_a_prompt_that_is_forgotten_is_read_again(new_engine, monkeypatch):
     engine, prompts = new_engine(), text(9, 21, 30)
     engine.prefill(prompts, Sampling())
@@ -169,6 +194,9 @@ def test_recalling_prompts_goes_on_bit_for_bit(new_engine, monkeypatch):
     for number in (1, 2, 3):
         answers = lived.generate(prompts, asked, streams(0, 1, 2, round=number))
         recalled.prefill(prompts, asked)
+        some = [prompts[row] + text(20 + number, 5)[0] for row in (0, 2)]  # the others wait
+        lived.generate(some, asked, streams(0, 2, round=number, seed=7))
+        recalled.prefill(some, asked)
         prompts = [p + list(a.tokens[:2]) + text(number, 3)[0] for p, a in zip(prompts, answers, strict=True)]
     caches = []
     for engine in (lived, recalled):

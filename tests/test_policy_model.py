@@ -118,6 +118,19 @@ def test_a_round_reads_only_what_is_new(model, monkeypatch):
     old, new = ([chat.encode(request.messages) for request in round] for round in (requests(), asked))
     assert sum(read) == sum(len(n) - len(o) for n, o in zip(new, old, strict=True))
     read.clear()
+    said = policy.answer(asked)[2]
+    assert sum(read) == len(asked)  # the last token of each, as nothing is new
+    read.clear()
+    more = [
+        *asked[2].messages, {"role": "assistant", "content": said.text, "tokens": said.tokens},
+        {"role": "user", "content": "And then?"},
+    ]  # fmt: skip
+    policy.answer([dataclasses.replace(asked[2], messages=more, turn=1)])  # the others wait
+    assert sum(read) == len(chat.encode(more)) - len(new[2])
+    read.clear()
+    policy.answer(asked)
+    assert sum(read) == len(asked)
+    read.clear()
     policy.answer(requests(round=2, episodes=[1, 0, 2], told=told))  # other episodes than those remembered
     assert sum(read) == sum(map(len, new))
 

@@ -184,7 +184,8 @@ class Engine:
 
     Row i of a batch takes over what it shares with row i of the batch before (the longest common prefix of their ids),
     if both batches fill the same bucket of rows; whether a row is still the same episode makes no difference to what
-    is answered, only to how much of it is new.
+    is answered, only to how much of it is new. Fewer prompts, each of which goes on from a row's, are answered in these
+    rows, and the others keep what they hold.
 
     Prompts that do not all fit wait for a free row: a row whose answer is complete leaves, the next prompt enters. So
     does a row that has to give way because the others' caches grew; it comes back with what it had answered.
@@ -233,45 +234,51 @@ class Engine:
         sampling: Sampling | Sequence[Sampling],
         adapter: Sequence[int] | None = None,
         rows: int | None = None,
-    ) -> None:
+    ) -> list[int]:
         """What `generate` does before it draws anything, with the same shapes: remembers these prompts, if they fit.
+        -> the row of each; none where they do not fit.
 
         Raises UserError for an empty prompt, ids outside the vocabulary, and a prompt that fills the model's context.
         """
         prompts = [list(prompt) for prompt in prompts]
         self._check(prompts)
-        budgets = self._budgets(prompts, sampling)
-        if not self._all_fit(prompts, budgets, rows):
+        places = self._going_on(prompts)
+        texts, worn = (list(self._prompts), list(self._worn)) if places else (prompts, [0] * len(prompts))
+        places, budgets = places or list(range(len(prompts))), np.zeros(len(texts), np.int32)
+        budgets[places] = self._budgets(prompts, sampling)
+        for row, prompt, one in zip(places, prompts, adapter or [0] * len(prompts), strict=True):
+            texts[row], worn[row] = prompt, one
+        if not self._all_fit(texts, budgets, rows):
             self.forget()
-            return
-        rows = self._rows(len(prompts))
-        size = self._cache_size([len(prompt) for prompt in prompts], budgets)
-        worn = list(adapter) if adapter is not None else [0] * len(prompts)
+            return []
+        rows, size = self._rows(len(texts)), self._cache_size([len(text) for text in texts], budgets)
         state, old = self._take(rows, size)
 
-        kept = np.zeros(len(prompts), np.int32)
-        for row, (before, now) in enumerate(zip(old, prompts, strict=False)):
-            # One token at least is new: its hidden state is what the answer starts from.
-            same = self._worn[row] == worn[row]  # keys and values are those of the adapter they were made with
-            kept[row] = min(common_prefix(before, now), len(now) - 1) if same else 0
-        alike = list(dict.fromkeys((tuple(prompt), one) for prompt, one in zip(prompts, worn, strict=True)))
-        if kept.any() or 2 * len(alike) > len(prompts):
-            weights, lengths = self._weights(rows, adapter), np.zeros(rows, np.int32)
-            lengths[: len(prompts)] = kept
-            state = self._append(weights, state, lengths, dict(enumerate(prompts)))
+        kept = np.zeros(len(texts), np.int32)
+        for row, (before, now) in enumerate(zip(old, texts, strict=False)):
+            if self._worn[row] == worn[row]:  # keys and values are those of the adapter they were made with
+                kept[row] = common_prefix(before, now)
+        # One token at least is new: its hidden state is what the answer starts from.
+        kept[places] = np.minimum(kept[places], [len(prompt) - 1 for prompt in prompts])
+        alike = list(dict.fromkeys((tuple(text), one) for text, one in zip(texts, worn, strict=True)))
+        if kept.any() or 2 * len(alike) > len(texts):
+            weights, lengths = self._weights(rows, None if adapter is None else worn), np.zeros(rows, np.int32)
+            lengths[: len(texts)] = kept
+            state = self._append(weights, state, lengths, dict(enumerate(texts)))
         else:
             # Rows that start alike (a GRPO group, the agents of a game) are computed once and copied.
             state = None  # its memory is free for the rows that are computed
             few = self._rows(len(alike))
             weights = self._weights(few, None if adapter is None else [one for _, one in alike])
             nothing = empty_state(self.config, few, size, self._dtype, self.mesh)
-            apart = {row: list(prompt) for row, (prompt, _) in enumerate(alike)}
+            apart = {row: list(text) for row, (text, _) in enumerate(alike)}
             filled = self._append(weights, nothing, np.zeros(few, np.int32), apart)
             place = {one: index for index, one in enumerate(alike)}
             source = np.zeros(rows, np.int32)
-            source[: len(prompts)] = [place[tuple(prompt), one] for prompt, one in zip(prompts, worn, strict=True)]
+            source[: len(texts)] = [place[tuple(text), one] for text, one in zip(texts, worn, strict=True)]
             state = take(filled, self._put(source), mesh=self.mesh)
-        self._state, self._prompts, self._worn = state, prompts, worn
+        self._state, self._prompts, self._worn = state, texts, worn
+        return places
 
     def generate(
         self,
@@ -289,14 +296,16 @@ class Engine:
         a stop id, after max_new_tokens, or where the model's context ends. Raises UserError like `prefill`.
         """
         began = time.perf_counter()
-        self.prefill(prompts, sampling, adapter, rows)
+        places = self.prefill(prompts, sampling, adapter, rows)
         jax.block_until_ready(self._state)
         self.spent["prefill"] += time.perf_counter() - began
 
         wanted = _Wanted(prompts, per_row(sampling, prompts), streams, self._budgets(prompts, sampling), adapter)
         state, self._state = self._state, None  # donated from here on, ours again when the answers are complete
         if remembered := state is not None:
-            held, waiting = [*range(len(prompts))] + [-1] * (state.length.shape[0] - len(prompts)), collections.deque()
+            held, waiting = [-1] * state.length.shape[0], collections.deque()
+            for one, row in enumerate(places):
+                held[row] = one
         else:
             held, waiting = [], collections.deque(range(len(prompts)))
         while waiting or any(one >= 0 for one in held):
@@ -414,6 +423,18 @@ class Engine:
                 arrays = (self._put(array) for array in (rows, tokens, count))
                 state = prefill_chunk(weights, state, *arrays, past=past, **self._static)
         return state
+
+    def _going_on(self, prompts: list[list[int]]) -> list[int]:
+        """The row of each prompt, where fewer are asked than are remembered and each begins with what a row holds, in
+        the order of the rows; else none. So the agents that call a tool go on while the others wait for the round to
+        end, and no row is read anew."""
+        found: list[int] = []
+        if self._state is None or len(prompts) >= len(self._prompts):
+            return found
+        for row, before in enumerate(self._prompts):
+            if len(found) < len(prompts) and prompts[len(found)][: len(before)] == before:
+                found.append(row)
+        return found if len(found) == len(prompts) else []
 
     def _check(self, prompts: list[list[int]]) -> None:
         vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings

@@ -17,9 +17,9 @@ class ModelPolicy:
     passed to the chat template, unless None. rows: at most so many requests are answered at a time (None: all); the
     others wait until a row is free.
 
-    While all requests are answered at a time and the same episodes come round after round, what the model has read in
-    one round is kept for the next. Round 1 starts anew, so what is kept depends on the rounds of these episodes alone,
-    and a run that was interrupted goes on as if it had not been.
+    While all requests are answered at a time and the same episodes come round after round, or some of them in the same
+    order, what the model has read in one round is kept for the next. Round 1 starts anew, so what is kept depends on
+    the rounds of these episodes alone, and a run that was interrupted goes on as if it had not been.
     """
 
     turns = 1  # that an answer has
@@ -85,9 +85,10 @@ class ModelPolicy:
                 )
         fit = [requests[place] for place in prompts]
         members = [(request.condition, request.episode, request.agent) for request in fit]
-        if members != self._members or any(request.round == 1 and not request.turn for request in fit):
+        known = iter(self._members)
+        if any(request.round == 1 and not request.turn for request in fit) or not all(one in known for one in members):
             self._engine.forget()
-        self._members = members
+            self._members = members
         return prompts
 
 
