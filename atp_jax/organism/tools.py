@@ -37,7 +37,7 @@ DRILLED = 12  # steps of a drill
 # Shares of the operations in drills. Drawn as problems hold them, two fifths were products, and differences of two
 # digits were right in one of ten after 28 chunks, products in nine.
 OPERATION_SHARES = {"-": 0.45, "+": 0.33, "*": 0.14, "/": 0.08}
-SLIPS = 0.04  # of the simple problems answered at once: a guess instead of the steps, so that "wrong" is heard as well
+SLIPS = 0.01  # of the simple problems answered at once: a guess instead of the steps, so that "wrong" is heard as well
 HELD_OUT = {problem.question for path in ("", ALIGN, VALIDATION) for problem in load_problems(path)}
 
 # What is run for each kind of problem; {0}, {1}, ... are the numbers of its question in their order.
