@@ -221,7 +221,7 @@ def test_stories_are_short_enough_and_nothing_is_learned_from_an_unexplained_ans
 
 def test_a_chunk_of_the_second_phase_is_half_games(wording):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(SHIPPED)
-    seen, tokens = train.mixed_lessons(tokenizer, wording, 0, 70)
+    seen, tokens = train.mixed_lessons(tokenizer, wording, 0, 70, **train.LATER[0])
     by_kind = {"agent_loss": 0, "game_agent_loss": 0}
     for name, (_, weights, lengths) in seen:
         by_kind[name] += int(lengths[weights.any(1)].sum())

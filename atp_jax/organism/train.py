@@ -2,10 +2,9 @@
 
 Next-token loss on every token, the agent's own words weighted `AGENT_WEIGHT` times; Muon on the matrices, Adam on
 the rest; warm-up, a constant learning rate, then a linear decay to zero. First role-play stories alone, then, with a
-schedule of its own, chunks in which half the tokens are stories of threshold games; then in the same way chunks in
-which more than half the tokens are tool use; then chunks that are mostly drills of its arithmetic. Stories are drawn
-afresh for every chunk from (seed, chunk), so no story is seen twice. The state is saved after every chunk, and the same
-command goes on where it stopped.
+schedule of its own, chunks in which half the tokens are stories of threshold games; then, if they are asked for, in
+the same way chunks that hold tool use (`LATER`). Stories are drawn afresh for every chunk from (seed, chunk), so no
+story is seen twice. The state is saved after every chunk, and the same command goes on where it stopped.
 """
 
 import json
@@ -44,16 +43,19 @@ TOGETHER = 3600
 AGENT_WEIGHT = 6.0
 LEARNING_RATE = 3e-3
 WARM_UP, DECAY = 0.03, 0.5  # shares of the training at its beginning and end
-# The second phase. A chunk of it has about as many tokens of the one kind of stories as of the other.
-ROLE_PLAY_STORIES, GAME_STORIES = 512, 384
 GAME_BUCKETS = (*BUCKETS, (960, 11), (1152, 9))
+# The later phases: a schedule, and the stories of each kind in a chunk. The second has as many tokens of role-play as
+# of games; the third is half tool use, a quarter of it single steps of arithmetic; the fourth mostly such steps, for
+# sums and differences of two digits take a hundred thousand examples; the fifth has as many tokens of role-play, of
+# games and of tool use, since the fourth makes the agents of the first two forget a part of their ways.
 GAME_LEARNING_RATE = 1.5e-3
 GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
-# The third phase, with the second's schedule: more than half the tokens are tool use, a quarter of these single steps
-# of arithmetic; the rest is role-play and games in equal parts.
-THIRD = {"role_play": 256, "game": 192, "tool": 288, "drill": 240}  # stories
-# The fourth, likewise: sums and differences of two digits take a hundred thousand examples, not ten thousand.
-FOURTH = {"role_play": 96, "game": 72, "tool": 128, "drill": 900}
+LATER = (
+    {"role_play": 512, "game": 384},
+    {"role_play": 256, "game": 192, "tool": 288, "drill": 240},
+    {"role_play": 96, "game": 72, "tool": 128, "drill": 900},
+    {"role_play": 384, "game": 288, "tool": 224, "drill": 80},
+)
 TOOL_BUCKETS = (*GAME_BUCKETS, (1408, 7))
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -173,7 +175,7 @@ def role_play_lessons(tokenizer, wording: dict, seed: int, chunk: int, count: in
 
 
 def mixed_lessons(
-    tokenizer, wording: dict, seed: int, chunk: int, role_play=ROLE_PLAY_STORIES, game=GAME_STORIES, tool=0, drill=0
+    tokenizer, wording: dict, seed: int, chunk: int, role_play: int, game: int, tool: int = 0, drill: int = 0
 ) -> tuple[list, int]:
     """The same of a chunk of the later phases, of so many stories of each kind; batches of all kinds are mixed."""
     seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, role_play)
@@ -249,7 +251,7 @@ def _tokenizer(directory: Path, wording: dict):
 
 def train(out: Path, workdir: Path, seed: int, phases: Sequence[int]) -> None:
     """Trains one organism and saves it to `out`; goes on from the last checkpoint in `workdir`. phases: the chunks of
-    role-play alone, with games, with tool use, and of drills."""
+    role-play alone, and of those in `LATER`."""
     workdir.mkdir(parents=True, exist_ok=True)
     wording = load_wording()
     for part in ("threshold_game", "tool_use"):  # the same pack: checks these parts of it
@@ -267,7 +269,7 @@ def train(out: Path, workdir: Path, seed: int, phases: Sequence[int]) -> None:
         for chunk in range(done, sum(phases)):
             began, phase = time.monotonic(), phase_of(chunk, phases)
             if phase:
-                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk, **({}, THIRD, FOURTH)[phase - 1])
+                seen, tokens = mixed_lessons(tokenizer, wording, seed, chunk, **LATER[phase - 1])
             else:
                 seen, tokens = role_play_lessons(tokenizer, wording, seed, chunk, STORIES_PER_CHUNK)
             losses = {"loss": [], "agent_loss": []}
@@ -296,16 +298,16 @@ def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    later = (values[f"{kind}-chunks"].value for kind in ("game", "tool", "drill"))
-    train(Path(values.out), Path(values.workdir), values.seed, (values.chunks, *later))
+    train(Path(values.out), Path(values.workdir), values.seed, [int(count) for count in values.chunks])
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "directory for the finished model", required=True)
     flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
-    flags.DEFINE_integer("chunks", 70, f"how many chunks of {STORIES_PER_CHUNK} stories to train on", lower_bound=1)
-    flags.DEFINE_integer("game-chunks", 34, "how many chunks after that are half threshold games", lower_bound=0)
-    flags.DEFINE_integer("tool-chunks", 0, "how many chunks after these are half tool use", lower_bound=0)
-    flags.DEFINE_integer("drill-chunks", 0, "how many chunks after these are mostly drills", lower_bound=0)
+    flags.DEFINE_list("chunks", ["70", "34"], f"of each of up to {1 + len(LATER)} phases; what the shipped weights saw")
+    flags.register_validator(
+        "chunks", lambda given: len(given) <= 1 + len(LATER) and all(count.isdecimal() for count in given),
+        f"must be at most {1 + len(LATER)} numbers with commas between them",
+    )  # fmt: skip
     app.run(main)
