@@ -36,7 +36,7 @@ def test_it_measures_both_halves_of_a_step(dtype, rank):
     # Medians of a single step.
     assert result["step_s"] == pytest.approx(result["generate_s"] + result["update_s"], abs=2e-4)
     needed = update_flops(model.config, [9, 9], group=2, new=3, whole=not rank) / 1e4 / jax.device_count()
-    assert result["update_mfu"] == pytest.approx(needed / result["update_s"], rel=0.05)
+    assert result["update_mfu"] == pytest.approx(needed / result["update_s"], rel=0.2)
     assert {"device", "devices", "cores", "jax", "jaxlib", "numpy"} <= result.keys()
     assert "peak_gb" not in result  # a CPU does not say
 

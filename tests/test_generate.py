@@ -314,6 +314,35 @@ def test_a_batch_shrinks_to_the_rows_that_are_left(new_engine, monkeypatch):
     assert again == whole.generate(longer, MIXED[0], streams(*range(10), round=2))
 
 
+def test_the_few_that_go_on_are_decoded_in_a_copy(new_engine, monkeypatch):
+    """And those that wait find their rows as they left them."""
+    monkeypatch.setattr(engines, "FEWEST", 4)
+    prompts, asked = text(17, 20, 41, 8, 33, 20, 5, 12, 27, 30, 9), Sampling(max_new_tokens=6)
+    engine, whole = new_engine(), new_engine()
+    answers = engine.generate(prompts, asked, streams(*range(10)))
+    longer = [prompt + list(answer.tokens) + [1, 2] for prompt, answer in zip(prompts, answers, strict=True)]
+    with batches(monkeypatch) as seen:
+        called = engine.generate([longer[2], longer[7]], asked, streams(2, 7, round=2))
+    assert {rows for rows, _ in seen} == {2}
+    assert_same(called, whole.generate([longer[2], longer[7]], asked, streams(2, 7, round=2)))
+    with prefilled(monkeypatch) as counts:
+        again = engine.generate(longer, asked, streams(*range(10), round=3))
+    read = [1 if row in (2, 7) else len(answer.tokens) + 2 for row, answer in enumerate(answers)]
+    np.testing.assert_array_equal(np.sum(counts, axis=0), read)
+    assert_same(again, whole.generate(longer, asked, streams(*range(10), round=3)))
+
+
+@pytest.mark.parametrize("most", [9, 11, 5, 7])
+def test_a_bound_that_no_batch_has_is_kept_from_below(new_engine, monkeypatch, most):
+    """Batches have 8, 10, 12, ... rows: of 9 allowed 8 are used, and all 11 are answered."""
+    prompts, asked = text(31, *[10 + row for row in range(11)]), Sampling(max_new_tokens=7)
+    whole = new_engine().generate(prompts, asked, streams(*range(11)))
+    with batches(monkeypatch) as seen:
+        assert_same(new_engine().generate(prompts, asked, streams(*range(11)), rows=most), whole)
+        assert_same(new_engine().generate(prompts[:most], asked, streams(*range(most)), rows=most), whole[:most])
+    assert max(rows for rows, _ in seen) == {9: 8, 11: 10, 5: 5, 7: 7}[most]
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
 from atp_jax.benchmarks.peer import Peer
 from atp_jax.benchmarks.random_model import random_model
-from atp_jax.benchmarks.work import must_read, prefill_flops
+from atp_jax.benchmarks.work import check_whole, must_read, prefill_flops
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
 from atp_jax.generate.sampling import Sampling
@@ -87,7 +87,7 @@ def measure(
         began = time.perf_counter()
         drawn = engine.generate(prompts, sampling, [(repeat, 0, row, 0, 1) for row in range(rows)])
         spent.append(time.perf_counter() - began)
-        assert all(len(answer.tokens) == new for answer in drawn)
+        check_whole(drawn, new)
         phases.append([engine.spent["prefill"], engine.spent["decode"]])
         if peer:
             theirs.append(peer.seconds(prompts=prompts, new=new, each=False))

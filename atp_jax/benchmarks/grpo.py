@@ -34,7 +34,7 @@ from atp_jax.align.update import as_many_as_fit, init_state, make_optimiser, mak
 from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
 from atp_jax.benchmarks.peer import Peer
 from atp_jax.benchmarks.random_model import random_model
-from atp_jax.benchmarks.work import update_flops
+from atp_jax.benchmarks.work import check_whole, update_flops
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
@@ -91,6 +91,7 @@ def measure(
         streams = [(0, 0, step * len(chosen) + row, 0, 1) for row in range(len(chosen))]
         drawn = engine.generate(chosen, Sampling(max_new_tokens=new), streams)
         engine.forget()  # the update has the memory
+        check_whole(drawn, new)
         answers = [
             Answer("", one.tokens, one.finish, sum(one.logprobs), tuple(prompt), one.logprobs)
             for prompt, one in zip(chosen, drawn, strict=True)

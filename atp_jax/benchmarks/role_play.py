@@ -21,6 +21,7 @@ from absl import app, flags
 from atp_jax.benchmarks.generate import transformers_peer
 from atp_jax.benchmarks.machine import machine
 from atp_jax.benchmarks.peer import Peer
+from atp_jax.benchmarks.work import check_whole
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling
 from atp_jax.model import ORGANISM, Model, load_model
@@ -44,7 +45,7 @@ def live(policy: ModelPolicy, items: list, rounds: int, new: int, peer: Peer | N
         answers = policy.answer(lives.ask())
         lives.tell(answers)
         took = time.perf_counter() - began
-        assert all(len(answer.tokens) == new for answer in answers)
+        check_whole(answers, new)
         phases = {"prefill_s": policy.spent["prefill"], "decode_s": policy.spent["decode"]}
         phases |= {"seconds": took, "host_s": took - sum(phases.values())}
         if peer:

@@ -13,8 +13,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from atp_jax.errors import UserError
 from atp_jax.model import Model
 from atp_jax.models.config import DecoderConfig
+
+
+def check_whole(answers: Sequence, new: int) -> None:
+    """UserError where an answer has not `new` tokens: nothing stops one but the end of the model's context."""
+    if short := [len(answer.tokens) for answer in answers if len(answer.tokens) != new]:
+        raise UserError(f"--new={new}, but the model's context ends an answer after {short[0]} tokens: ask for fewer")
 
 
 def must_read(model: Model, rows: int, length: int, new: int) -> int:

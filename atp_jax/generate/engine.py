@@ -242,7 +242,7 @@ class Engine:
         """
         prompts = [list(prompt) for prompt in prompts]
         self._check(prompts)
-        places = self._going_on(prompts)
+        places = self._going_on(prompts, adapter)
         texts, worn = (list(self._prompts), list(self._worn)) if places else (prompts, [0] * len(prompts))
         places, budgets = places or list(range(len(prompts))), np.zeros(len(texts), np.int32)
         budgets[places] = self._budgets(prompts, sampling)
@@ -329,17 +329,16 @@ class Engine:
         """
         alive = sorted(one for one in held if one >= 0)
         size = self._cache_size(*zip(*(wanted.size(one) for one in (*alive, *waiting)), strict=True))
-        most = self._most(size, rows)
+        limit, most = self._most(size, rows), len(alive) + len(waiting)
+        while most > 1 and self._rows(most) > limit:
+            most -= 1
         for one in reversed(alive[most:]):
             waiting.appendleft(one)
             held[held.index(one)] = -1
-        want, have = min(len(alive) + len(waiting), most), len(held)
-        while want > 1 and self._rows(want) > most:
-            want -= 1
-        want = self._rows(want)
+        want, have = self._rows(most), len(held)
         if state is None:
             return empty_state(self.config, want, size, self._dtype, self.mesh), [-1] * want
-        if want >= 2 * have or want < have > most or (have > FEWEST and want * SHRINK <= have):
+        if want >= 2 * have or want < have > limit or (have > FEWEST and want * SHRINK <= have):
             places = [row for row, one in enumerate(held) if one >= 0]
             source = np.zeros(want, np.int32)
             source[: len(places)] = places
@@ -424,15 +423,17 @@ class Engine:
                 state = prefill_chunk(weights, state, *arrays, past=past, **self._static)
         return state
 
-    def _going_on(self, prompts: list[list[int]]) -> list[int]:
-        """The row of each prompt, where fewer are asked than are remembered and each begins with what a row holds, in
-        the order of the rows; else none. So the agents that call a tool go on while the others wait for the round to
-        end, and no row is read anew."""
+    def _going_on(self, prompts: list[list[int]], adapter: Sequence[int] | None) -> list[int]:
+        """The row of each prompt, where fewer are asked than are remembered and each begins with what a row holds (the
+        first of those that hold the same), in the order of the rows; else none, and all is read anew. So the agents
+        that call a tool go on in their rows while the others wait for the round to end."""
         found: list[int] = []
         if self._state is None or len(prompts) >= len(self._prompts):
             return found
+        worn = adapter or [0] * len(prompts)
         for row, before in enumerate(self._prompts):
-            if len(found) < len(prompts) and prompts[len(found)][: len(before)] == before:
+            one = len(found)
+            if one < len(prompts) and self._worn[row] == worn[one] and prompts[one][: len(before)] == before:
                 found.append(row)
         return found if len(found) == len(prompts) else []
 
@@ -478,7 +479,7 @@ class Engine:
 
     def _all_fit(self, prompts, budgets, rows: int | None) -> bool:
         """Whether all prompts can be answered at a time, also if all answers become as long as they may."""
-        if rows is not None and len(prompts) > rows:
+        if rows is not None and self._rows(len(prompts)) > rows:
             return False
         longest = max(len(prompt) + int(budget) for prompt, budget in zip(prompts, budgets, strict=True))
         size = bucket(longest, steps=2, smallest=SMALLEST_CACHE)

@@ -294,6 +294,11 @@ def train(out: Path, workdir: Path, seed: int, phases: Sequence[int]) -> None:
     (out / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
 
 
+def valid_phases(given: Sequence[str]) -> bool:
+    """Whether these are the chunks of phases, the first of which makes the model."""
+    return len(given) <= 1 + len(LATER) and all(n.isdecimal() for n in given) and any(map(int, given[:1]))
+
+
 def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
@@ -306,8 +311,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
     flags.DEFINE_list("chunks", ["70", "34"], f"of each of up to {1 + len(LATER)} phases; what the shipped weights saw")
-    flags.register_validator(
-        "chunks", lambda given: len(given) <= 1 + len(LATER) and all(count.isdecimal() for count in given),
-        f"must be at most {1 + len(LATER)} numbers with commas between them",
-    )  # fmt: skip
+    flags.register_validator("chunks", valid_phases, f"takes up to {1 + len(LATER)} numbers, the first above 0")
     app.run(main)

@@ -18,8 +18,9 @@ class ModelPolicy:
     others wait until a row is free.
 
     While all requests are answered at a time and the same episodes come round after round, or some of them in the same
-    order, what the model has read in one round is kept for the next. Round 1 starts anew, so what is kept depends on
-    the rounds of these episodes alone, and a run that was interrupted goes on as if it had not been.
+    order and going on from what they were asked before, what the model has read in one round is kept for the next.
+    Their first round starts anew, so what is kept depends on the rounds of these episodes alone, and a run that was
+    interrupted goes on as if it had not been.
     """
 
     turns = 1  # that an answer has
@@ -36,6 +37,7 @@ class ModelPolicy:
         self._seed = seed
         self._rows = rows
         self._members: list[tuple[int, int, int]] = []  # whose prompts the engine remembers
+        self._first = 0  # the round in which it began to
         self.spent = self._engine.spent  # seconds of answering, by phase
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -86,9 +88,10 @@ class ModelPolicy:
         fit = [requests[place] for place in prompts]
         members = [(request.condition, request.episode, request.agent) for request in fit]
         known = iter(self._members)
-        if any(request.round == 1 and not request.turn for request in fit) or not all(one in known for one in members):
+        again = any(request.round <= self._first and not request.turn for request in fit)
+        if again or not all(one in known for one in members):
             self._engine.forget()
-            self._members = members
+            self._members, self._first = members, min(request.round for request in fit) if fit else 0
         return prompts
 
 
