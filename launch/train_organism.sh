@@ -6,8 +6,8 @@ if [ "${1:-}" = "--help" ]; then
     cat <<'USAGE'
 usage: [ATP_EXTRA=cuda12] ./launch/train_organism.sh [SEED [OUT [CHUNKS]]]
 
-Makes .venv, installs atp_jax into it, trains one organism with SEED (default 0) for CHUNKS chunks (default 70,34: what the
-shipped weights saw; of role-play stories, and of those with threshold games as well), into OUT (default
+Makes .venv, installs atp_jax into it, trains one organism with SEED (default 0) for CHUNKS chunks (a list with
+commas, default 70,34, what the shipped weights saw: of role-play stories, then with threshold games as well), into OUT (default
 runs/organism/SEED/model), and examines it through the pipeline on the shipped packs. Interrupted at any moment, the same
 command goes on from the last chunk. BUILD_NOTES.md says how long it takes. The shipped weights are seed 0; copy OUT
 over atp_jax/models/organism to ship others.

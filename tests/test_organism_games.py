@@ -238,4 +238,7 @@ def test_each_phase_has_a_schedule_of_its_own():
     for last, lasting in ((105.5, 36), (115.5, 10)):
         expected = train.GAME_LEARNING_RATE * 0.5 / lasting / train.GAME_DECAY
         assert train.scheduled_rate(last, phases) == pytest.approx(expected)
+    for given, valid in ((["70"], True), (["1", "0", "3"], True), ([], False), (["0"], False), (["7", "x"], False)):
+        assert train.valid_phases(given) == valid
+    assert not train.valid_phases(["1"] * (2 + len(train.LATER)))
     assert json.dumps(train.BUCKETS) == json.dumps(train.GAME_BUCKETS[: len(train.BUCKETS)])

@@ -229,6 +229,16 @@ def test_a_later_phase_changes_no_rate_of_those_before():
         assert train.scheduled_rate(time, (70, 36, 20, 10)) == train.scheduled_rate(time, (70, 36, 20, 0))
 
 
+def test_the_last_phase_has_as_many_tokens_of_each_testbed(tokenizer):
+    seen, _ = train.mixed_lessons(tokenizer, load_wording(), 0, 148, **train.LATER[3])
+    tokens = dict.fromkeys(("agent_loss", "game_agent_loss", "tool_agent_loss", "drill_agent_loss"), 0)
+    for name, (_, weights, lengths) in seen:
+        tokens[name] += int(lengths[weights.any(1)].sum())
+    third = (sum(tokens.values()) - tokens["drill_agent_loss"]) / 3
+    for name in ("agent_loss", "game_agent_loss", "tool_agent_loss"):
+        assert tokens[name] == pytest.approx(third, rel=0.15)
+
+
 def test_drills_hold_the_operations_in_their_shares():
     signs = [step.split()[1] for _, said in tools.drills(3, 200) for step in said["content"].split(", ")]
     for sign, share in tools.OPERATION_SHARES.items():
