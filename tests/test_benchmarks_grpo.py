@@ -35,6 +35,7 @@ def test_it_measures_both_halves_of_a_step(dtype, rank):
     assert result["generate_s"] > result["prefill_s"] > 0 and result["generate_s"] > result["decode_s"] > 0
     # Medians of a single step.
     assert result["step_s"] == pytest.approx(result["generate_s"] + result["update_s"], abs=2e-4)
+    assert result["tokens_per_s"] == pytest.approx(2 * 2 * 3 / result["step_s"], rel=0.05)
     needed = update_flops(model.config, [9, 9], group=2, new=3, whole=not rank) / 1e4 / jax.device_count()
     assert result["update_mfu"] == pytest.approx(needed / result["update_s"], rel=0.2)
     assert {"device", "devices", "cores", "jax", "jaxlib", "numpy"} <= result.keys()
