@@ -329,7 +329,8 @@ class Engine:
         """
         alive = sorted(one for one in held if one >= 0)
         size = self._cache_size(*zip(*(wanted.size(one) for one in (*alive, *waiting)), strict=True))
-        limit, most = self._most(size, rows), len(alive) + len(waiting)
+        limit = self._most(size, rows)
+        most = min(limit, len(alive) + len(waiting))
         while most > 1 and self._rows(most) > limit:
             most -= 1
         for one in reversed(alive[most:]):

@@ -91,7 +91,7 @@ class ModelPolicy:
         again = any(request.round <= self._first and not request.turn for request in fit)
         if again or not all(one in known for one in members):
             self._engine.forget()
-            self._members, self._first = members, min(request.round for request in fit) if fit else 0
+            self._members, self._first = members, min(request.round for request in fit)
         return prompts
 
 
