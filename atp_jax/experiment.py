@@ -34,7 +34,7 @@ from atp_jax.lab import Lab, aligned, open_lab
 from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Policy
 from atp_jax.progress import Progress, describe_training
-from atp_jax.rollout import Finished, run_conditions
+from atp_jax.rollout import Finished, run_conditions, run_freely
 from atp_jax.settings import Settings, flatten
 from atp_jax.testbeds import testbed
 from atp_jax.testbeds.types import Condition
@@ -241,9 +241,12 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
             if not finished.read_back or (metrics["condition"], metrics["round"]) not in told:
                 append(metrics_file, [metrics])
             progress.advance(metrics)
-            if not finished.read_back and (asked := processes.first(interrupt.asked)):
-                where = f"round {metrics['round']} of {metrics['condition']}"
-                raise Interrupted(f"stopped by {asked} after {where}; the same command goes on from there")
+            if not finished.read_back:
+                stop_if_asked(f" after round {metrics['round']} of {metrics['condition']}")
+
+        def stop_if_asked(where: str = "") -> None:
+            if asked := processes.first(interrupt.asked):
+                raise Interrupted(f"stopped by {asked}{where}; the same command goes on from there")
 
         for name in models(settings):
             worn = deployed(lab, name, workdir)
@@ -252,7 +255,8 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
             lived = []
             for together in _batches(in_context, settings, len(scenarios)):
                 paths = [_episodes_file(workdir, condition) for condition in together]
-                found = run_conditions(together, scenarios, policy, lab.wording, settings, paths, on_round)
+                what = together, scenarios, policy, lab.wording, settings, paths, on_round
+                found = run_conditions(*what) if settings.evolve.lockstep else run_freely(*what, stop_if_asked)
                 lived += zip(together, found, strict=True)
             for condition in (cell for cell in cells if cell.model == name and cell.mode == "weights"):
                 from atp_jax import alignment

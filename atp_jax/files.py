@@ -107,6 +107,12 @@ def cut(path: Path, length: int) -> None:
             os.fsync(file.fileno())
 
 
+def remove(path: Path) -> None:
+    """Take a file away, if there is one."""
+    if processes.leads():
+        path.unlink(missing_ok=True)
+
+
 def mend(path: Path) -> None:
     """Cut a torn last line off a file of lines, so that the next can be appended."""
     if processes.leads() and path.exists():

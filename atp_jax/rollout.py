@@ -2,7 +2,8 @@
 
 Episodes run in the order of the scenarios, the samples of a scenario one after another, and are numbered from 0 in
 every condition. All episodes of a condition, in the threshold game of several conditions of a model, go through a round
-together, so that the policy answers them as one batch.
+together, so that the policy answers them as one batch (`run_conditions`), or each goes on as soon as it can, so that
+nobody waits for the longest answer of a round (`run_freely`).
 """
 
 import json
@@ -14,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from atp_jax.errors import UserError
-from atp_jax.files import append, cut, read
-from atp_jax.policies.types import Answer, Policy
+from atp_jax.files import append, cut, mend, read, read_lines, remove
+from atp_jax.policies.types import Answer, Policy, Request
 from atp_jax.settings import Settings
 from atp_jax.testbeds import testbed
-from atp_jax.testbeds.types import Condition
+from atp_jax.testbeds.types import Condition, Lives
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,147 @@ def run_conditions(
             there = number - first < len(recovered[place])
             if not there:
                 append(path, records)
-            elif records != recovered[place][number - first]:
-                raise UserError(
-                    f"{path}: round {number} is not what this configuration gives: the scenarios, the wording or the "
-                    "program changed since; use another workdir"
-                )
+            else:
+                _check_same(records, recovered[place][number - first], path)
             everything[place] += records
             on_round(Finished(condition, number, records, there, seconds[place]))
     return everything
+
+
+class _Life:
+    """One episode that goes its own way, and what its agents answered of what they are asked."""
+
+    def __init__(self, lives: Lives):
+        self._lives = lives
+        self._requests: list[Request] = []
+        self._answers: dict[int, Answer] = {}
+
+    def ask(self) -> list[Request]:
+        self._requests, self._answers = self._lives.ask(), {}
+        return self._requests
+
+    def hear(self, request: Request, answer: Answer) -> list[dict] | None:
+        """The records of the round, once this answer ends it; else None."""
+        self._answers[request.agent] = answer
+        return self._lives.tell([self._answers[one.agent] for one in self._requests]) if self.heard else None
+
+    @property
+    def heard(self) -> bool:
+        """Whether all that were asked have answered."""
+        return len(self._answers) == len(self._requests)
+
+    def relive(self, told: dict[int, dict]) -> list[dict]:
+        """A round with the answers recorded, by agent."""
+        records = None
+        while records is None:
+            for request in self.ask():
+                records = self.hear(request, _answer_of(told[request.agent], request.turn))
+        return records
+
+
+def run_freely(
+    conditions: Sequence[Condition],
+    scenarios: Sequence,
+    policy: Policy,
+    wording: dict,
+    settings: Settings,
+    paths: Sequence[Path],
+    on_round: Callable[[Finished], None],
+    check: Callable[[], None],
+) -> list[list[dict]]:
+    """What `run_conditions` does, with the same answers, but every episode goes on to its next round (and to what it is
+    asked within a round) as soon as its agents have answered.
+
+    What an episode's round leaves goes into a `journal.jsonl` beside each path at once, and to the path when the round
+    is over for all; then `check` may raise whatever ends the run. A run that was interrupted goes on from the journal:
+    with the same answers, but log-probabilities may differ in the last digits, for other rows are answered together.
+    """
+    evolve, bed = settings.evolve, testbed(settings)
+    episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]
+    numbers = range(bed.FIRST, evolve.rounds + 1)
+    books, lives = {}, {}
+    for condition, path in zip(conditions, paths, strict=True):
+        own = [bed.Lives(condition, [scenario], wording, settings, row) for row, scenario in enumerate(episodes)]
+        books[condition.index] = _Book(condition, path, [life.addresses for life in own], numbers, on_round)
+        lives |= {(condition.index, row): _Life(life) for row, life in enumerate(own)}
+
+    first = []
+    for (index, row), life in lives.items():
+        book, number = books[index], numbers.start
+        while number in numbers and (told := book.told(row, number)):
+            book.enter(row, life.relive(told))
+            number += 1
+        if number in numbers:
+            first += life.ask()
+    for book in books.values():
+        book.close_rounds()
+
+    def follow(request: Request, answer: Answer) -> list[Request]:
+        life, book = lives[request.condition, request.episode], books[request.condition]
+        records = life.hear(request, answer)
+        if records is not None:
+            book.enter(request.episode, records)
+            book.close_rounds()
+            check()
+        return life.ask() if life.heard and request.round + (records is not None) in numbers else []
+
+    policy.pursue(first, follow)
+    for book in books.values():
+        remove(book.journal)
+    return [book.everything for book in books.values()]
+
+
+class _Book:
+    """What is on disk of a condition whose episodes go their own ways."""
+
+    def __init__(self, condition: Condition, path: Path, addresses: list[list], numbers: range, on_round: Callable):
+        self.journal = path.with_name("journal.jsonl")
+        self.everything: list[dict] = []  # the records of all rounds that are over
+        self._condition, self._path, self._on_round = condition, path, on_round
+        self._addresses = addresses  # of each episode's records
+        self._entered: dict[int, dict[int, list[dict]]] = {number: {} for number in numbers}  # by round and episode
+        self._open = iter(numbers)
+        self._now = next(self._open)
+        self._recovered = recover(path, [one for part in addresses for one in part], numbers.start)
+        mend(self.journal)
+        read = [record for records in self._recovered for record in records] + read_lines(self.journal)
+        self._told = {(record["round"], record["episode"], record["agent"]): record for record in read}
+        self._began = time.perf_counter()
+
+    def told(self, episode: int, number: int) -> dict[int, dict]:
+        """What an episode's agents answered in a round before the run was interrupted; nothing if not all had."""
+        found = {agent: self._told.get((number, episode, agent)) for _, agent in self._addresses[episode]}
+        return {} if None in found.values() else found
+
+    def enter(self, episode: int, records: list[dict]) -> None:
+        """A round of an episode is over."""
+        number = records[0]["round"]
+        if told := self.told(episode, number):
+            _check_same(records, list(told.values()), self._path)
+        else:
+            append(self.journal, records)
+        self._entered[number][episode] = records
+
+    def close_rounds(self) -> None:
+        """Writes down the rounds that are over for all episodes."""
+        while len(self._entered.get(self._now, ())) == len(self._addresses):
+            by_episode = self._entered[self._now]
+            records = [record for episode in range(len(self._addresses)) for record in by_episode[episode]]
+            there, began = self._now - min(self._entered) < len(self._recovered), self._began
+            if not there:
+                append(self._path, records)
+            self.everything += records
+            self._began = time.perf_counter()
+            self._on_round(Finished(self._condition, self._now, records, there, self._began - began))
+            self._now = next(self._open, None)
+
+
+def _check_same(records: list[dict], told: list[dict], path: Path) -> None:
+    if records != told:
+        raise UserError(
+            f"{path}: round {records[0]['round']} is not what this configuration gives: the scenarios, the wording or "
+            "the program changed since; use another workdir"
+        )
 
 
 def _answer_of(record: dict, turn: int = 0) -> Answer:

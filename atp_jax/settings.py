@@ -91,6 +91,7 @@ class EvolveSettings:
     rounds: int = 6
     window: int | None = 5  # rounds of history shown; null: all
     samples: int = 1  # episodes a scenario
+    lockstep: bool = True  # false: an episode goes on to its next round while others are still in this one
     supervision: str = "all_unsupervised"
     controls: tuple[str, ...] = ("none",)
     models: tuple[str, ...] = ()  # of base, dpo, grpo; empty: base and what align.method makes

@@ -88,9 +88,10 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(finished, checkpoin
     assert small_run.left_behind(tmp_path / "run") == expected
 
 
-def test_decoding_fewer_rows_together_says_the_same(finished, checkpoint, tmp_path):
+@pytest.mark.parametrize("how", ["--config.policy.rows=3", "--config.evolve.lockstep=False"])
+def test_decoding_other_rows_together_says_the_same(finished, checkpoint, tmp_path, how):
     folder, expected = finished
-    assert main(arguments(folder, checkpoint, tmp_path / "run", "--config.policy.rows=3")) == 0
+    assert main(arguments(folder, checkpoint, tmp_path / "run", how)) == 0
     for name, text in small_run.left_behind(tmp_path / "run").items():
         if name.endswith("episodes.jsonl"):
             for line, other in zip(text.splitlines(), expected[name].splitlines(), strict=True):

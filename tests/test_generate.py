@@ -19,7 +19,7 @@ from atp_jax import parallel
 from atp_jax.errors import UserError
 from atp_jax.generate import engine as engines
 from atp_jax.generate import sampling as samplers
-from atp_jax.generate.engine import Engine, bucket, common_prefix
+from atp_jax.generate.engine import Engine, Next, bucket, common_prefix
 from atp_jax.generate.sampling import Sampling
 
 HERE = Path(__file__).resolve().parent
@@ -330,6 +330,83 @@ def test_the_few_that_go_on_are_decoded_in_a_copy(new_engine, monkeypatch):
     read = [1 if row in (2, 7) else len(answer.tokens) + 2 for row, answer in enumerate(answers)]
     np.testing.assert_array_equal(np.sum(counts, axis=0), read)
     assert_same(again, whole.generate(longer, asked, streams(*range(10), round=3)))
+
+
+def lives(engine, rows=None, lockstep=False, rounds=4, together=1):
+    """Answers [episode][round] of ten episodes whose prompts grow by their answers; `together` episodes wait for one
+    another after each round, as the agents of a game do."""
+    prompts = text(18, 20, 41, 8, 33, 20, 5, 12, 27, 30, 9)
+    asked, count = Sampling(max_new_tokens=90), len(prompts)
+    found = [[] for _ in prompts]
+
+    def more(row):
+        prompts[row] = prompts[row] + list(found[row][-1].tokens) + text(100 * row + len(found[row]), 6)[0]
+        return Next(prompts[row], (5, 0, row, 0, len(found[row]) + 1), after=latest[row])
+
+    latest = list(range(count))
+    if lockstep:
+        for number in range(1, rounds + 1):
+            answers = engine.generate(prompts, asked, streams(*range(count), round=number), None, rows)
+            for row, answer in enumerate(answers):
+                found[row].append(answer)
+                more(row)
+        return found
+
+    places = list(range(count))  # whose answer each place is
+
+    def follow(place, answer):
+        row = places[place]
+        found[row].append(answer)
+        group = range(row - row % together, row - row % together + together)
+        if len(found[row]) == rounds or any(len(found[one]) < len(found[row]) for one in group):
+            return []
+        new = [more(one) for one in group]
+        for one in group:
+            latest[one] = len(places)
+            places.append(one)
+        return new
+
+    everything = engine.generate(prompts, asked, streams(*range(count)), None, rows, follow)
+    assert len(everything) == len(places) == rounds * count
+    for place, row in enumerate(places):
+        assert everything[place] in found[row]
+    return found
+
+
+@pytest.mark.parametrize("rows, together", [(None, 1), (4, 1), (10, 2), (3, 5)])
+def test_what_follows_an_answer_is_answered_as_in_lockstep(new_engine, monkeypatch, rows, together):
+    """Rounds whose answers differ much in length, each row on its own or in groups, with rows for all or for some."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    stop = {3, 11}
+    expected = lives(new_engine(stop), lockstep=True)
+    lengths = [len(answer.tokens) for row in expected for answer in row]
+    assert min(lengths) < 10 and max(lengths) > 60
+    for one, other in zip(lives(new_engine(stop), rows, together=together), expected, strict=True):
+        assert_same(one, other)
+
+
+def test_what_follows_waits_for_nobody_and_reads_only_what_is_new(new_engine, monkeypatch):
+    """Of ten episodes with four rounds each: fewer steps than the longest answers of the rounds have together; a row
+    reads what the last answer and the message after it are, and nothing again."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    monkeypatch.setattr(engines, "FEWEST", 100)  # no row moves
+    steps = []
+
+    def spy(*arguments, **static):
+        out = original(*arguments, **static)
+        steps.append(int(np.max(np.asarray(out[1]) - np.asarray(arguments[2].produced))))
+        return out
+
+    original = engines.decode_chunk
+    monkeypatch.setattr(engines, "decode_chunk", spy)
+    with prefilled(monkeypatch) as counts:
+        found = lives(new_engine({3, 11}))
+    in_turn = sum(max(len(row[number].tokens) for row in found) for number in range(4))
+    assert sum(steps) < 0.8 * in_turn, (sum(steps), in_turn)
+    first = [20, 41, 8, 33, 20, 5, 12, 27, 30, 9]
+    for row, answers in enumerate(found):
+        new = sum(len(answer.tokens) + 6 for answer in answers[:-1])
+        assert sum(count[row] for count in counts) == first[row] + new
 
 
 @pytest.mark.parametrize("most", [9, 11, 5, 7])

@@ -185,3 +185,28 @@ def test_a_turn_that_the_context_has_no_room_for_is_cut_off_and_the_others_go_on
     policy.recall([long])
     with pytest.raises(UserError, match="episode 1, agent 0, round 1: the prompt has"):
         policy.answer([dataclasses.replace(long, turn=0)])
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_what_follows_is_asked_at_once_and_answered_as_round_by_round(model, rows):
+    """Three episodes of three rounds; a turn for which the context has no room is passed on with its empty answer."""
+    expected = live(ModelPolicy(model, SAMPLING, SEED), 0, 3)
+    told = [[None] * 3 for _ in range(3)]  # by round and episode
+    cut = []
+
+    def follow(request, answer):
+        if request.turn:
+            cut.append((request.episode, answer.text, answer.finish))
+            return []
+        told[request.round - 1][request.episode] = answer
+        if request.round < 3:
+            return requests(0, request.round + 1, [request.episode], told[: request.round])
+        long = [*request.messages, {"role": "user", "content": "9 " * 300}]
+        return [dataclasses.replace(request, messages=long, turn=1)]
+
+    ModelPolicy(model, SAMPLING, SEED, rows=rows).pursue(requests(), follow)
+    for answers, others in zip(told, expected, strict=True):
+        for one, other in zip(answers, others, strict=True):
+            assert (one.tokens, one.finish, one.prompt) == (other.tokens, other.finish, other.prompt)
+            assert one.text == other.text and one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert sorted(cut) == [(episode, "", "length") for episode in range(3)]

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,17 @@ class Sampled:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Next:
+    """A prompt that is answered because another answer is complete: its ids, its stream and its adapter as `generate`
+    takes them, and the place of the earlier prompt that it goes on from, None where it begins anew."""
+
+    prompt: list[int]
+    stream: tuple[int, ...]
+    adapter: int = 0
+    after: int | None = None
 
 
 def pin(tree, mesh: jax.sharding.Mesh):
@@ -189,6 +200,9 @@ class Engine:
 
     Prompts that do not all fit wait for a free row: a row whose answer is complete leaves, the next prompt enters. So
     does a row that has to give way because the others' caches grew; it comes back with what it had answered.
+
+    Batches follow one another in lockstep, or not: `generate` can be told at each complete answer what to answer next
+    (`follow`), so that no row waits for the longest answer of a batch.
     """
 
     def __init__(
@@ -287,6 +301,7 @@ class Engine:
         streams,
         adapter: Sequence[int] | None = None,
         rows: int | None = None,
+        follow: Callable[[int, Sampled], Iterable[Next]] | None = None,
     ) -> list[Sampled]:
         """Answers prompts (lists of token ids), any number of them.
 
@@ -294,6 +309,11 @@ class Engine:
         from (seed, condition, episode, agent, round). adapter: which of the adapters each wears, -1 none; None: all
         wear the one there is. rows: at most so many are answered at a time (None: as memory allows). An answer ends at
         a stop id, after max_new_tokens, or where the model's context ends. Raises UserError like `prefill`.
+
+        follow: called with the place of each answer and the answer, as soon as the host sees that it is complete; what
+        it gives back is answered as well, before anything that waits, with places counted on, `sampling` being one for
+        all. What a row has read of the prompt before is kept for the one that goes on from it. Nothing is remembered
+        afterwards.
         """
         began = time.perf_counter()
         places = self.prefill(prompts, sampling, adapter, rows)
@@ -302,24 +322,34 @@ class Engine:
 
         wanted = _Wanted(prompts, per_row(sampling, prompts), streams, self._budgets(prompts, sampling), adapter)
         state, self._state = self._state, None  # donated from here on, ours again when the answers are complete
-        if remembered := state is not None:
-            held, waiting = [-1] * state.length.shape[0], collections.deque()
-            for one, row in enumerate(places):
-                held[row] = one
-        else:
-            held, waiting = [], collections.deque(range(len(prompts)))
-        while waiting or any(one >= 0 for one in held):
+        remembered = state is not None and follow is None
+        held, waiting = [], collections.deque(range(len(prompts)))
+        if state is not None:
+            held = [-1] * state.length.shape[0]
+            for row in places:
+                held[row] = waiting.popleft()
+        while waiting or any(map(wanted.alive, held)):
             before, (state, held) = state, self._fit(state, held, waiting, wanted, rows)
             if remembered and self._state is None and state.length.shape != before.length.shape:
                 self._state = before  # few rows are left, and decoded on in a copy
             state = self._admit(state, held, waiting, wanted)
-            state = self._decode(state, held, bool(waiting), wanted)
-        if remembered and self._state is None:
+            state, ended = self._decode(state, held, bool(waiting or follow), wanted)
+            if follow is not None:
+                new = [one for place in ended for one in follow(place, wanted.answer(place, self.stop))]
+                waiting.extendleft(reversed(self._enlist(new, sampling, wanted)))
+        if not remembered:
+            self.forget()
+        elif self._state is None:
             self._state = state
-        return [
-            Sampled(tuple(ids), tuple(logs), "stop" if ids[-1] in self.stop else "length")
-            for ids, logs in zip(wanted.tokens, wanted.log_probs, strict=True)
-        ]
+        return [wanted.answer(one, self.stop) for one in range(len(wanted.prompts))]
+
+    def _enlist(self, new: list[Next], sampling: Sampling, wanted: "_Wanted") -> list[int]:
+        """What follows becomes a part of what is wanted. -> the places"""
+        prompts = [one.prompt for one in new]
+        if new:
+            self._check(prompts)
+        budgets = self._budgets(prompts, sampling)
+        return [wanted.add(one, int(budget), sampling) for one, budget in zip(new, budgets, strict=True)]
 
     def _fit(self, state: State | None, held: list[int], waiting: collections.deque, wanted: "_Wanted", rows):
         """The state that the next chunk is decoded in, and what its rows hold (which prompt, -1 none).
@@ -327,7 +357,7 @@ class Engine:
         The cache grows when a row needs it; rows for which there is no memory then give way and wait. The number of
         rows follows what is wanted and fits, where that is worth a copy: twice as many, or a quarter.
         """
-        alive = sorted(one for one in held if one >= 0)
+        alive = sorted(filter(wanted.alive, held))
         size = self._cache_size(*zip(*(wanted.size(one) for one in (*alive, *waiting)), strict=True))
         limit = self._most(size, rows)
         most = min(limit, len(alive) + len(waiting))
@@ -340,7 +370,9 @@ class Engine:
         if state is None:
             return empty_state(self.config, want, size, self._dtype, self.mesh), [-1] * want
         if want >= 2 * have or want < have > limit or (have > FEWEST and want * SHRINK <= have):
-            places = [row for row, one in enumerate(held) if one >= 0]
+            places = [row for row, one in enumerate(held) if wanted.alive(one)]
+            more = {wanted.after[one] for one in waiting}  # these go on from what rests in their row
+            places += [row for row, one in enumerate(held) if row not in places and one in more][: want - len(places)]
             source = np.zeros(want, np.int32)
             source[: len(places)] = places
             state = take(state, self._put(source), mesh=self.mesh)
@@ -353,23 +385,29 @@ class Engine:
 
     def _admit(self, state: State, held: list[int], waiting: collections.deque, wanted: "_Wanted") -> State:
         """Waiting prompts, and rows that gave way, enter the rows that are free."""
-        began, lengths, entering = time.perf_counter(), np.zeros(len(held), np.int32), {}
-        for row, one in enumerate(held):
-            if one >= 0:
-                lengths[row] = wanted.size(one)[0]
-            elif waiting:
-                held[row] = waiting.popleft()
-                entering[row] = [*wanted.prompts[held[row]], *wanted.tokens[held[row]]]
+        began, entering = time.perf_counter(), {}
+        lengths = np.array([wanted.size(one)[0] if one >= 0 else 0 for one in held], np.int32)
+        free = [row for row, one in enumerate(held) if not wanted.alive(one)]
+        resting = {held[row]: row for row in free if held[row] >= 0}
+        chosen = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+        own = {one: resting.pop(wanted.after[one]) for one in chosen if wanted.after[one] in resting}
+        others = [row for row in free if row not in own.values()]
+        others = collections.deque(sorted(others, key=lambda row: held[row] in resting))  # what rests may be wanted yet
+        for one in chosen:
+            row = own[one] if one in own else others.popleft()
+            lengths[row] = wanted.kept(one) if one in own else 0
+            held[row], entering[row] = one, [*wanted.prompts[one], *wanted.tokens[one]]
         if entering:
             state = self._append(self._weights(len(held), wanted.worn(held)), state, lengths, entering)
             jax.block_until_ready(state)
             self.spent["prefill"] += time.perf_counter() - began
         return state
 
-    def _decode(self, state: State, held: list[int], more: bool, wanted: "_Wanted") -> State:
-        """One chunk; complete answers leave their rows. It ends early when a quarter of the rows is free and more
-        prompts wait, or when so few are left that the batch shrinks."""
-        began, alive = time.perf_counter(), sum(one >= 0 for one in held)
+    def _decode(self, state: State, held: list[int], more: bool, wanted: "_Wanted") -> tuple[State, list[int]]:
+        """One chunk -> the answers that it completed; what their rows hold rests there until others enter. It ends
+        early when a quarter of the rows is free and there are more prompts, or when so few are left that the batch
+        shrinks."""
+        began, alive = time.perf_counter(), sum(map(wanted.alive, held))
         quarter, few = len(held) // SHRINK, 0
         if more:
             few = max(alive - max(quarter, 1), 0)
@@ -378,15 +416,17 @@ class Engine:
         weights, asked = self._weights(len(held), wanted.worn(held)), self._ask(held, wanted)
         state, *drawn = decode_chunk(weights, state, asked, np.int32(few), CHUNK, **self._static)
         produced, done, tokens, log_probs = fetch(drawn)
+        ended = []
         for row, one in enumerate(held):
-            if one >= 0:
+            if wanted.alive(one):
                 fresh = produced[row] - len(wanted.tokens[one])
                 wanted.tokens[one] += tokens[row, :fresh].tolist()
                 wanted.log_probs[one] += log_probs[row, :fresh].tolist()
                 if done[row]:
-                    held[row] = -1
+                    ended.append(one)
+        wanted.ended.update(ended)
         self.spent["decode"] += time.perf_counter() - began
-        return state
+        return state, ended
 
     def _append(self, weights: Weights, state: State, lengths: np.ndarray, entries: dict[int, list[int]]) -> State:
         """Brings rows to what they shall hold. lengths int32 [B]: so much of each row stays. entries: row -> its ids,
@@ -497,24 +537,24 @@ class Engine:
         return state, old
 
     def _ask(self, held: list[int], wanted: "_Wanted") -> Asked:
-        rows = np.array(held)
-        real = rows >= 0
+        alive = [one for one in held if wanted.alive(one)]
+        real = np.array([wanted.alive(one) for one in held])
 
         def by_row(values, dtype):
             values = np.asarray(values)
             out = np.zeros((len(held), *values.shape[1:]), dtype)
-            out[real] = values[rows[real]]
+            out[real] = values
             return self._put(out)
 
         stop = np.full(bucket(len(self.stop), steps=1, smallest=4), -1, np.int32)
         stop[: len(self.stop)] = sorted(self.stop)
         return Asked(
-            streams=by_row(wanted.streams, np.uint32),
-            budget=by_row(wanted.budgets, np.int32),
-            temperature=by_row([s.temperature for s in wanted.sampling], np.float32),
-            top_k=by_row([s.top_k for s in wanted.sampling], np.int32),
-            top_p=by_row([s.top_p for s in wanted.sampling], np.float32),
-            produced=by_row([len(tokens) for tokens in wanted.tokens], np.int32),
+            streams=by_row([wanted.streams[one] for one in alive], np.uint32),
+            budget=by_row([wanted.budgets[one] for one in alive], np.int32),
+            temperature=by_row([wanted.sampling[one].temperature for one in alive], np.float32),
+            top_k=by_row([wanted.sampling[one].top_k for one in alive], np.int32),
+            top_p=by_row([wanted.sampling[one].top_p for one in alive], np.float32),
+            produced=by_row([len(wanted.tokens[one]) for one in alive], np.int32),
             done=self._put(~real),
             stop=put(stop, NamedSharding(self.mesh, PartitionSpec())),
         )
@@ -537,15 +577,47 @@ class _Wanted:
     """The answers that are being made: what was asked of each, and what it has so far."""
 
     def __init__(self, prompts, sampling: list[Sampling], streams, budgets: np.ndarray, adapter: Sequence[int] | None):
-        self.prompts, self.sampling, self.streams, self.budgets = prompts, sampling, streams, budgets
-        self.adapter = adapter
+        self.prompts, self.sampling, self.streams, self.budgets = [*prompts], sampling, [*streams], budgets.tolist()
+        self.adapter = None if adapter is None else [*adapter]
+        self.after: list[int | None] = [None] * len(prompts)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.log_probs: list[list[float]] = [[] for _ in prompts]
+        self.ended: set[int] = set()
+
+    def add(self, new: Next, budget: int, sampling: Sampling) -> int:
+        """One more -> its place."""
+        self.prompts.append(new.prompt)
+        self.sampling.append(sampling)
+        self.streams.append(new.stream)
+        self.budgets.append(budget)
+        if self.adapter is not None:
+            self.adapter.append(new.adapter)
+        self.after.append(new.after)
+        self.tokens.append([])
+        self.log_probs.append([])
+        return len(self.prompts) - 1
+
+    def alive(self, one: int) -> bool:
+        """Whether what a row holds (-1 nothing) is not complete yet."""
+        return one >= 0 and one not in self.ended
+
+    def answer(self, one: int, stop: frozenset[int]) -> Sampled:
+        """An answer that is complete."""
+        ids = tuple(self.tokens[one])
+        return Sampled(ids, tuple(self.log_probs[one]), "stop" if ids[-1] in stop else "length")
 
     def size(self, one: int) -> tuple[int, int]:
         """Tokens that its row holds, and that it may still get."""
         drawn = len(self.tokens[one])
-        return len(self.prompts[one]) + drawn, int(self.budgets[one]) - drawn
+        return len(self.prompts[one]) + drawn, self.budgets[one] - drawn
+
+    def kept(self, one: int) -> int:
+        """How much of the prompt that it goes on from begins its own. The answer to that one is read again, as in
+        lockstep; so is the last token, for its hidden state is what the answer starts from."""
+        after, prompt = self.after[one], self.prompts[one]
+        if self.adapter is not None and self.adapter[after] != self.adapter[one]:
+            return 0
+        return min(common_prefix(self.prompts[after], prompt), len(prompt) - 1)
 
     def worn(self, held: list[int]) -> list[int] | None:
         """The adapter of each row."""

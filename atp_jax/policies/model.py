@@ -1,10 +1,12 @@
 """The policy that is a language model."""
 
-from collections.abc import Iterator, Sequence
+import collections
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
+from atp_jax.generate.engine import Next, Sampled
 from atp_jax.generate.sampling import Sampling
 from atp_jax.model import Model
 from atp_jax.policies.types import Answer, Request
@@ -43,18 +45,49 @@ class ModelPolicy:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. UserError names the request whose prompt fills the model's context; where
         earlier turns of the same round filled it (what a tool printed), there is an empty answer that was cut off."""
-        answers = [Answer("", finish="length", logprob=0.0)] * len(requests)
+        answers = [_NO_ROOM] * len(requests)
         if not (prompts := self._read(requests)):
             return answers
         fit = [requests[place] for place in prompts]
         streams = [(self._seed, *request.stream) for request in fit]
         drawn = self._engine.generate([*prompts.values()], self._sampling, streams, _adapters(fit), self._rows)
         for (place, prompt), sampled in zip(prompts.items(), drawn, strict=True):
-            answers[place] = Answer(
-                self._chat.decode(sampled.tokens), sampled.tokens, sampled.finish, sum(sampled.logprobs),
-                tuple(prompt), sampled.logprobs,
-            )  # fmt: skip
+            answers[place] = self._answer(prompt, sampled)
         return answers
+
+    def pursue(self, requests: Sequence[Request], follow: Callable[[Request, Answer], Sequence[Request]]) -> None:
+        """Answers these requests, and all that follow from the answers, each as soon as there is a row for it.
+
+        follow: called with each request and its answer, once that is complete; what it gives back is asked next. A row
+        keeps what the same agent has read in it. Nothing is remembered afterwards. UserError as in `answer`.
+        """
+        asked: list[Request] = []  # by their places in the engine
+        prompts: list[list[int]] = []
+        last: dict[tuple[int, int, int], int] = {}  # the latest place of each agent
+
+        def enter(requests: Sequence[Request]) -> list[Next]:
+            found, todo = [], collections.deque(requests)
+            while todo:
+                request = todo.popleft()
+                if (prompt := self._prompt(request)) is None:
+                    todo.extend(follow(request, _NO_ROOM))
+                    continue
+                member = request.condition, request.episode, request.agent
+                stream, worn = (self._seed, *request.stream), -1 if request.unaligned else 0
+                found.append(Next(prompt, stream, worn, last.get(member)))
+                last[member] = len(asked)
+                asked.append(request)
+                prompts.append(prompt)
+            return found
+
+        def ended(place: int, sampled: Sampled) -> list[Next]:
+            return enter(follow(asked[place], self._answer(prompts[place], sampled)))
+
+        self._engine.forget()
+        self._members = []
+        if first := enter(requests):
+            read, streams = [one.prompt for one in first], [one.stream for one in first]
+            self._engine.generate(read, self._sampling, streams, _adapters(asked), self._rows, ended)
 
     def recall(self, requests: Sequence[Request]) -> None:
         """Reads what was asked, as `answer` would, without answering."""
@@ -74,17 +107,9 @@ class ModelPolicy:
     def _read(self, requests: Sequence[Request]) -> dict[int, list[int]]:
         """The prompts that fit into the model's context, by the places of their requests. What the engine remembers is
         kept only if it is of these very episodes, and not of an earlier run of them."""
-        prompts = {}
-        for place, request in enumerate(requests):
-            ids = self._chat.encode(request.messages, request.tools)
-            if len(ids) < self._context:
-                prompts[place] = ids
-            elif not request.turn:
-                raise UserError(
-                    f"episode {request.episode}, agent {request.agent}, round {request.round}: the prompt has "
-                    f"{len(ids)} tokens, the model's context is {self._context}; a smaller evolve.window makes prompts "
-                    "shorter"
-                )
+        prompts = {
+            place: prompt for place, request in enumerate(requests) if (prompt := self._prompt(request)) is not None
+        }
         fit = [requests[place] for place in prompts]
         members = [(request.condition, request.episode, request.agent) for request in fit]
         known = iter(self._members)
@@ -93,6 +118,27 @@ class ModelPolicy:
             self._engine.forget()
             self._members, self._first = members, min(request.round for request in fit)
         return prompts
+
+    def _prompt(self, request: Request) -> list[int] | None:
+        """A request as ids; None where earlier turns of its round have filled the model's context."""
+        ids = self._chat.encode(request.messages, request.tools)
+        if len(ids) < self._context:
+            return ids
+        if request.turn:
+            return None
+        raise UserError(
+            f"episode {request.episode}, agent {request.agent}, round {request.round}: the prompt has {len(ids)} "
+            f"tokens, the model's context is {self._context}; a smaller evolve.window makes prompts shorter"
+        )
+
+    def _answer(self, prompt: list[int], sampled: Sampled) -> Answer:
+        return Answer(
+            self._chat.decode(sampled.tokens), sampled.tokens, sampled.finish, sum(sampled.logprobs), tuple(prompt),
+            sampled.logprobs,
+        )  # fmt: skip
+
+
+_NO_ROOM = Answer("", finish="length", logprob=0.0)
 
 
 def _adapters(requests: Sequence[Request]) -> list[int] | None:

@@ -1,8 +1,9 @@
 """Answers read from a file: for tests, for comparison with other implementations, to see what an environment does."""
 
+import collections
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atp_jax.errors import UserError
@@ -75,6 +76,12 @@ class ScriptedPolicy:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         return [self._answer(r.episode, r.round, r.agent, r.turn) for r in requests]
+
+    def pursue(self, requests: Sequence[Request], follow: Callable[[Request, Answer], Sequence[Request]]) -> None:
+        todo = collections.deque(requests)
+        while todo:
+            request = todo.popleft()
+            todo.extend(follow(request, *self.answer([request])))
 
     def recall(self, requests: Sequence[Request]) -> None:
         """A script remembers nothing."""

@@ -1,6 +1,6 @@
 """What a policy is asked, what it answers, and what it must be able to do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,6 +88,11 @@ class Policy(Protocol):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in the order of the requests."""
+        ...
+
+    def pursue(self, requests: Sequence[Request], follow: Callable[[Request, Answer], Sequence[Request]]) -> None:
+        """Answers the requests and all that follow from them, in any order: `follow` takes each request and its answer,
+        and gives back what is asked next."""
         ...
 
     def recall(self, requests: Sequence[Request]) -> None:

@@ -130,7 +130,7 @@ class Lives:
         self._first, self._convention = first, _convention(wording)
         self._tools = words.offered(wording, self._convention)
         self._simple, self._complex = (_problems(settings, kind)[0] for kind in ("simple", "complex"))
-        self._sandbox = Sandbox(_limits(settings))
+        self._sandbox = _sandbox(_limits(settings))
         self._histories: list[list[list[dict]]] = [[] for _ in episodes]  # messages of each round
         self._through = True
         with exact():
@@ -274,7 +274,7 @@ def questions(problems: Sequence[Problem], wording: dict, settings: Settings) ->
 
 def answering(policy, wording: dict, settings: Settings) -> Solver:
     """Whole answers: the policy works on a problem until it has answered."""
-    return Solver(policy, wording, _convention(wording), settings.tool, Sandbox(_limits(settings)))
+    return Solver(policy, wording, _convention(wording), settings.tool, _sandbox(_limits(settings)))
 
 
 def read(answer: Answer, question: Question, wording: dict, settings: Settings) -> str:
@@ -351,6 +351,12 @@ def _correct(said: str | None, right: str) -> bool:
 def _grader() -> Grader:
     """The one of all answers: its worker takes seconds to start."""
     return Grader()
+
+
+@cache
+def _sandbox(limits: Limits) -> Sandbox:
+    """The one of all lives: each has a process of its own."""
+    return Sandbox(limits)
 
 
 def _convention(wording: dict) -> str:
