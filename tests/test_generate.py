@@ -293,6 +293,29 @@ def test_prompts_that_wait_for_a_free_row_are_answered_as_all_at_once(model, new
     assert engine._state is None  # nothing is remembered of prompts that had to wait
 
 
+def test_a_batch_grows_when_its_longest_row_is_done(model, new_engine, monkeypatch):
+    """Among short prompts that wait there is one long one: while it is answered few rows fit, then many short ones, and
+    the cache is cut back before there are more rows."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    config, _, params = model
+    prompts, asked = text(19, 300, *[10 + row for row in range(14)]), Sampling(max_new_tokens=20)
+    at_once = new_engine().generate(prompts, asked, streams(*range(15)))
+    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    taken = []
+
+    def spy(state, source, **static):
+        taken.append((len(source), state.cache.keys[0].shape[3]))
+        return take(state, source, **static)
+
+    take = engines.take
+    monkeypatch.setattr(engines, "take", spy)
+    engine = Engine(config, params, (), ONE, memory=int(3 * 384 * position / 0.6) + 1)
+    with batches(monkeypatch) as seen:
+        assert_same(engine.generate(prompts, asked, streams(*range(15))), at_once)
+    assert seen[0] == (3, 384) and (12, 64) in seen, seen
+    assert taken[0] == (12, 64), taken
+
+
 def test_a_batch_shrinks_to_the_rows_that_are_left(new_engine, monkeypatch):
     """The tail is decoded in a smaller copy; what the next round continues is the whole batch, as it was."""
     monkeypatch.setattr(engines, "FEWEST", 4)
@@ -332,10 +355,10 @@ def test_the_few_that_go_on_are_decoded_in_a_copy(new_engine, monkeypatch):
     assert_same(again, whole.generate(longer, asked, streams(*range(10), round=3)))
 
 
-def lives(engine, rows=None, lockstep=False, rounds=4, together=1):
-    """Answers [episode][round] of ten episodes whose prompts grow by their answers; `together` episodes wait for one
-    another after each round, as the agents of a game do."""
-    prompts = text(18, 20, 41, 8, 33, 20, 5, 12, 27, 30, 9)
+def lives(engine, rows=None, lockstep=False, rounds=4, together=1, many=1):
+    """Answers [episode][round] of ten times `many` episodes whose prompts grow by their answers; `together` episodes
+    wait for one another after each round, as the agents of a game do."""
+    prompts = text(18, *(20, 41, 8, 33, 20, 5, 12, 27, 30, 9) * many)
     asked, count = Sampling(max_new_tokens=90), len(prompts)
     found = [[] for _ in prompts]
 
@@ -368,8 +391,6 @@ def lives(engine, rows=None, lockstep=False, rounds=4, together=1):
 
     everything = engine.generate(prompts, asked, streams(*range(count)), None, rows, follow)
     assert len(everything) == len(places) == rounds * count
-    for place, row in enumerate(places):
-        assert everything[place] in found[row]
     return found
 
 
@@ -382,6 +403,21 @@ def test_what_follows_an_answer_is_answered_as_in_lockstep(new_engine, monkeypat
     lengths = [len(answer.tokens) for row in expected for answer in row]
     assert min(lengths) < 10 and max(lengths) > 60
     for one, other in zip(lives(new_engine(stop), rows, together=together), expected, strict=True):
+        assert_same(one, other)
+
+
+def test_what_follows_is_answered_the_same_where_memory_is_short(model, new_engine, monkeypatch):
+    """Twenty episodes, five of which wait for one another: batches grow and shrink, caches as well, rows give way."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    monkeypatch.setattr(engines, "FEWEST", 4)
+    stop, config = {3, 11}, model[0]
+    expected = lives(new_engine(stop), lockstep=True, rounds=3, many=2)
+    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    engine = Engine(config, model[2], stop, ONE, memory=int(20 * 96 * position / 0.6) + 1)
+    with batches(monkeypatch) as seen:
+        found = lives(engine, rounds=3, together=5, many=2)
+    assert len({rows for rows, _ in seen}) > 3 and len({size for _, size in seen}) > 2, seen
+    for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
 
 

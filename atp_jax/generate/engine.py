@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx, struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from atp_jax.compilations import make_room
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling, sample, stream_key, token_keys
 from atp_jax.models.cache import KVCache, init_cache
@@ -312,8 +313,8 @@ class Engine:
 
         follow: called with the place of each answer and the answer, as soon as the host sees that it is complete; what
         it gives back is answered as well, before anything that waits, with places counted on, `sampling` being one for
-        all. What a row has read of the prompt before is kept for the one that goes on from it. Nothing is remembered
-        afterwards.
+        all. What a row has read of the prompt before is kept for the one that goes on from it (one at most), unless the
+        batch shrinks or others enter the row before that one is there. Nothing is remembered afterwards.
         """
         began = time.perf_counter()
         places = self.prefill(prompts, sampling, adapter, rows)
@@ -329,6 +330,7 @@ class Engine:
             for row in places:
                 held[row] = waiting.popleft()
         while waiting or any(map(wanted.alive, held)):
+            make_room()
             before, (state, held) = state, self._fit(state, held, waiting, wanted, rows)
             if remembered and self._state is None and state.length.shape != before.length.shape:
                 self._state = before  # few rows are left, and decoded on in a copy
@@ -375,10 +377,10 @@ class Engine:
             places += [row for row, one in enumerate(held) if row not in places and one in more][: want - len(places)]
             source = np.zeros(want, np.int32)
             source[: len(places)] = places
+            if waiting and size < state.cache.keys[0].shape[3]:  # first, for there may be no room for more rows so long
+                state = state.replace(cache=resize(state.cache, size, self.mesh))
             state = take(state, self._put(source), mesh=self.mesh)
             held = [held[row] for row in places] + [-1] * (want - len(places))
-            if waiting and size < state.cache.keys[0].shape[3]:
-                state = state.replace(cache=resize(state.cache, size, self.mesh))
         if size > state.cache.keys[0].shape[3]:
             state = state.replace(cache=resize(state.cache, size, self.mesh))
         return state, held
@@ -396,6 +398,8 @@ class Engine:
         for one in chosen:
             row = own[one] if one in own else others.popleft()
             lengths[row] = wanted.kept(one) if one in own else 0
+            if wanted.after[one] is not None:
+                wanted.prompts[wanted.after[one]] = ()  # a long run has many
             held[row], entering[row] = one, [*wanted.prompts[one], *wanted.tokens[one]]
         if entering:
             state = self._append(self._weights(len(held), wanted.worn(held)), state, lengths, entering)
