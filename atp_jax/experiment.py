@@ -4,11 +4,13 @@
 pairs     `pairs.jsonl`
 dpo       `models/dpo`, and `checkpoints/dpo` on the way (alignment.py)
 grpo      `models/grpo`, and `checkpoints/grpo` on the way
-evolve    `evolve/<condition>/episodes.jsonl` round by round, and at the end `results.json`
+evolve    `evolve/<condition>/episodes.jsonl` round by round, and at the end `results.json`; not in lockstep, a
+          `journal.jsonl` beside the former until all is lived through
 report    `report/` from these, and the table on the terminal
 
 `episodes.jsonl` and `results.json` depend on the configuration alone: a run that was killed and started again leaves
-the same bytes. What depends on the machine (speed, versions, device) stands in `metrics.jsonl` and `config.json`.
+the same bytes, in lockstep. What depends on the machine (speed, versions, device) stands in `metrics.jsonl` and
+`config.json`.
 """
 
 import dataclasses
@@ -137,7 +139,8 @@ def _workdir_for(workdir: Path, document: dict) -> Iterator[None]:
     except _Taken:
         raise
     except (UserError, OSError) as error:
-        if fresh and processes.leads() and not (workdir / "metrics.jsonl").exists():
+        begun = (workdir / "metrics.jsonl").exists() or any(workdir.glob("evolve/*/journal.jsonl"))
+        if fresh and processes.leads() and not begun:
             for name in ("evolve", "checkpoints"):
                 shutil.rmtree(workdir / name, ignore_errors=True)
             config.unlink(missing_ok=True)
@@ -207,13 +210,13 @@ def _metrics(finished: Finished) -> dict:
         "total": len(decisions),
         "cut_off": sum(record["finish"] == "length" for record in finished.records),
         "tokens": 0 if finished.read_back else sum(map(_length, finished.records)),
-        "seconds": round(finished.seconds, 3),
+        "seconds": finished.seconds if finished.seconds is None else round(finished.seconds, 3),
     }
 
 
 def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
-    """Live through every condition, then write `results.json`. Goes on from the last finished round; SIGTERM
-    stops it after the round it is in."""
+    """Live through every condition, then write `results.json`. Goes on from the last finished round
+    (not in lockstep: of each episode); SIGTERM stops it after the round it is in."""
     bed = testbed(settings)
     scenarios = bed.scenarios(settings)
     # How the work is spread over devices and batches is no part of a condition, nor are another testbed's rules.
@@ -222,7 +225,7 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     setting = {
         name: value
         for name, value in _configuration(settings).items()
-        if not name.startswith(foreign) and name != "policy.rows"
+        if not name.startswith(foreign) and name not in ("policy.rows", "evolve.lockstep")
     } | _in_force(lab)
     cells = conditions(settings)
     summaries = []

@@ -23,7 +23,7 @@ def describe(metrics: dict) -> str:
         text += f", {metrics['unparsed']} unparsed"
     if metrics["cut_off"]:
         text += f", {metrics['cut_off']} cut off at the most new tokens"
-    if metrics["tokens"]:
+    if metrics["tokens"] and metrics["seconds"] is not None:
         text += f", {metrics['tokens'] / max(metrics['seconds'], 1e-3):.0f} tokens/s"
     return text
 

@@ -1,4 +1,4 @@
-"""Episodes: scenarios lived through round by round, every finished round on disk before the next begins.
+"""Episodes: scenarios lived through round by round, every finished round of an episode on disk before its next begins.
 
 Episodes run in the order of the scenarios, the samples of a scenario one after another, and are numbered from 0 in
 every condition. All episodes of a condition, in the threshold game of several conditions of a model, go through a round
@@ -24,13 +24,14 @@ from atp_jax.testbeds.types import Condition, Lives
 
 @dataclass(frozen=True)
 class Finished:
-    """One round that ended: its records, whether they were read back, and how long answering took if not."""
+    """One round that ended: its records, whether they were read back, and how long answering took if not; None where
+    rounds are lived through side by side."""
 
     condition: Condition
     round: int
     records: list[dict]
     read_back: bool
-    seconds: float
+    seconds: float | None
 
 
 def recover(path: Path, addresses: Sequence[tuple[int, int]], first: int = 1) -> list[list[dict]]:
@@ -169,9 +170,10 @@ def run_freely(
     """What `run_conditions` does, with the same answers, but every episode goes on to its next round (and to what it is
     asked within a round) as soon as its agents have answered.
 
-    What an episode's round leaves goes into a `journal.jsonl` beside each path at once, and to the path when the round
-    is over for all; then `check` may raise whatever ends the run. A run that was interrupted goes on from the journal:
-    with the same answers, but log-probabilities may differ in the last digits, for other rows are answered together.
+    What an episode's round leaves goes into a `journal.jsonl` beside each path at once (which is taken away in the
+    end), and to the path when the round is over for all; then `check` may raise whatever ends the run. A run that was
+    interrupted goes on from the journal: with the same answers, but log-probabilities may differ in the last digits,
+    for other rows are answered together.
     """
     evolve, bed = settings.evolve, testbed(settings)
     episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]
@@ -200,7 +202,8 @@ def run_freely(
             book.enter(request.episode, records)
             book.close_rounds()
             check()
-        return life.ask() if life.heard and request.round + (records is not None) in numbers else []
+        over = records is not None and request.round == numbers[-1]
+        return life.ask() if life.heard and not over else []
 
     policy.pursue(first, follow)
     for book in books.values():
@@ -223,7 +226,6 @@ class _Book:
         mend(self.journal)
         read = [record for records in self._recovered for record in records] + read_lines(self.journal)
         self._told = {(record["round"], record["episode"], record["agent"]): record for record in read}
-        self._began = time.perf_counter()
 
     def told(self, episode: int, number: int) -> dict[int, dict]:
         """What an episode's agents answered in a round before the run was interrupted; nothing if not all had."""
@@ -234,7 +236,7 @@ class _Book:
         """A round of an episode is over."""
         number = records[0]["round"]
         if told := self.told(episode, number):
-            _check_same(records, list(told.values()), self._path)
+            _check_same(records, list(told.values()), self._path.parent)
         else:
             append(self.journal, records)
         self._entered[number][episode] = records
@@ -244,12 +246,11 @@ class _Book:
         while len(self._entered.get(self._now, ())) == len(self._addresses):
             by_episode = self._entered[self._now]
             records = [record for episode in range(len(self._addresses)) for record in by_episode[episode]]
-            there, began = self._now - min(self._entered) < len(self._recovered), self._began
+            there = self._now - min(self._entered) < len(self._recovered)
             if not there:
                 append(self._path, records)
             self.everything += records
-            self._began = time.perf_counter()
-            self._on_round(Finished(self._condition, self._now, records, there, self._began - began))
+            self._on_round(Finished(self._condition, self._now, records, there, None))
             self._now = next(self._open, None)
 
 

@@ -81,7 +81,8 @@ class ModelPolicy:
             return found
 
         def ended(place: int, sampled: Sampled) -> list[Next]:
-            return enter(follow(asked[place], self._answer(prompts[place], sampled)))
+            request, prompt, asked[place], prompts[place] = asked[place], prompts[place], None, None
+            return enter(follow(request, self._answer(prompt, sampled)))
 
         self._engine.forget()
         self._members = []

@@ -355,7 +355,7 @@ def _grader() -> Grader:
 
 @cache
 def _sandbox(limits: Limits) -> Sandbox:
-    """The one of all lives: each has a process of its own."""
+    """One for all lives: a sandbox is a process."""
     return Sandbox(limits)
 
 
