@@ -6,9 +6,12 @@ import random
 import zlib
 
 import pytest
+import small_run
 
 from atp_jax import testbeds
+from atp_jax.__main__ import main
 from atp_jax.errors import UserError
+from atp_jax.policies.scripted import ScriptedPolicy
 from atp_jax.policies.types import Answer
 from atp_jax.rollout import run_conditions, run_freely
 from atp_jax.scenarios.wording import load_wording
@@ -154,3 +157,26 @@ def test_another_configuration_is_noticed(world):
     journal.write_text(journal.read_text().replace(f'"reward": {json.dumps(first["reward"])}', '"reward": 77.5', 1))
     with pytest.raises(UserError, match=f"round {first['round']} is not what this configuration gives"):
         world.live("run", Player(world.options), lambda: None)
+
+
+def test_an_error_before_any_round_is_over_takes_nothing_away(tmp_path, monkeypatch):
+    """And in the end there is what lockstep leaves, the results as well."""
+    monkeypatch.chdir(small_run.ROOT)
+    assert main(small_run.arguments(tmp_path, tmp_path / "lockstep")) == 0
+    freely = small_run.arguments(tmp_path, tmp_path / "run", 3, 4, 2, "--config.evolve.lockstep=False")
+
+    def failing(self, requests):
+        if requests[0].episode == 5:
+            raise UserError("no room")
+        return answer(self, requests)
+
+    answer = ScriptedPolicy.answer
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedPolicy, "answer", failing)
+        assert main(freely) == 2
+    journal = tmp_path / "run" / "evolve" / "scripted" / "journal.jsonl"
+    assert journal.read_bytes() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert main(freely) == 0
+    assert small_run.left_behind(tmp_path / "run") == small_run.left_behind(tmp_path / "lockstep")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and all(line["seconds"] is None for line in lines)
