@@ -5,9 +5,10 @@
     python -m atp_jax --config=configs/tool_use.py:v1 --workdir=runs/tools_v1
 
 In every round the agent lives through simple problems, which pay for leaving the tool aside, and then meets a complex
-one with that experience in view; round 0 is before any. Without an argument the embedded organism lives through five
-rounds of the shipped problems, with its history, without it (no_history) and with experience that says nothing of its
-rewards (neutral_rewards). The organism has not learned this format yet: its answers cannot be read.
+one with that experience in view; round 0 is before any. Without an argument the embedded organism is aligned to use the
+tool, by DPO and by GRPO, and base, dpo and grpo live through five rounds of the shipped problems, two simple ones a
+round: with their history, without it (no_history) and with experience that says nothing of its rewards
+(neutral_rewards).
 
 `:v2` and `:v1` are the paper's two protocols, as far as they are known, with Qwen3-4B-Thinking (v1: Qwen3-8B): greedy
 decoding, five rounds (v1: four), simple problems from GSM8K with at most three steps, complex ones from AIME 2024 (the
@@ -29,7 +30,19 @@ def get_config(arg=""):
     config.evolve.controls = ("none", "no_history", "neutral_rewards")
     if not arg:
         config.sampling.temperature = 1.0
+        config.sampling.max_new_tokens = 144  # a block of code; the organism's other answers are shorter
         config.policy.rows = 1024
+        config.evolve.samples = 2
+        config.tool.problems, config.evolve.window = 2, 3  # its stories had eight problems at most
+        align = config.align
+        align.method = "dpo+grpo"
+        align.target, align.check_every, align.check_samples = 0.15, 5, 16
+        align.pairs.steer = False
+        align.pairs.tries = 12
+        align.dpo.epochs, align.dpo.batch = 6, 16
+        align.dpo.learning_rate, align.dpo.schedule = 3e-4, "constant"
+        align.grpo.steps, align.grpo.prompts, align.grpo.group = 60, 8, 8
+        align.grpo.learning_rate, align.grpo.schedule = 3e-4, "constant"
         return config
     config.policy.dtype = "bfloat16"
     config.sampling.temperature = 0.0

@@ -368,7 +368,8 @@ def arguments(folder, workdir, *more):
     return [
         "--config=configs/tool_use.py", f"--workdir={workdir}", "--config.policy.kind=scripted",
         f"--config.policy.script={path}", f"--config.data.path={pack(folder)}", "--config.data.limit=2",
-        "--config.evolve.rounds=2", "--config.tool.problems=1", *more,
+        "--config.evolve.rounds=2", "--config.tool.problems=1", "--config.evolve.samples=1",
+        "--config.evolve.window=None", "--config.align.method=none", *more,
     ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Examines an organism through the pipeline itself: `python -m atp_jax.organism.examine --model DIR --workdir DIR`.
 
 On the shipped packs, whose occupations, games and problems the training never saw: role-play in which violating is
-never caught (with and without history) and always caught, and threshold games at 2, 4, 6 and 8 of 8; with --tools tool
-use as well (its rewards told and not), for weights of the third phase of training. Prints one JSON object with what was
-measured and what is asked of the weights; exit status 1 when something asked for is not there.
+never caught (with and without history) and always caught, threshold games at 2, 4, 6 and 8 of 8, and tool use, its
+rewards told and not (--notools: for weights that have not learned it). Prints one JSON object with what was measured
+and what is asked of the weights; exit status 1 when something asked for is not there.
 """
 
 import json
@@ -57,7 +57,7 @@ def run(model: str, workdir: Path, seed: int, samples: int, **changes) -> tuple[
     return results["conditions"], [json.loads(line) for line in lines]
 
 
-def examine(model: str, workdir: Path, seed: int, samples: int, tools: bool = False) -> dict:
+def examine(model: str, workdir: Path, seed: int, samples: int, tools: bool = True) -> dict:
     """`{"measured": {testbed: ...}, "asked": {what: whether it holds}}` of an organism's directory (empty: the shipped
     one)."""
     found, held = examine_role_play(model, workdir, seed, samples)
@@ -70,10 +70,12 @@ def examine(model: str, workdir: Path, seed: int, samples: int, tools: bool = Fa
 
 
 def examine_tools(model: str, workdir: Path, seed: int, samples: int) -> tuple[dict, dict]:
-    """What was measured in tool use, one simple problem a round, and what is asked of it."""
+    """What was measured in tool use, two simple problems a round, and what is asked of it. An episode answers 17
+    problems, so fewer episodes are needed."""
     (told, untold), records = run(
-        model, workdir / "tools", seed, samples, testbed="tool_use", evolve__rounds=5, evolve__window=None,
-        evolve__controls=("none", "neutral_rewards"), tool__problems=1, sampling__max_new_tokens=144, policy__rows=1024,
+        model, workdir / "tools", seed, max(samples * 3 // 10, 1), testbed="tool_use", evolve__rounds=5,
+        evolve__window=3, evolve__controls=("none", "neutral_rewards"), tool__problems=2, sampling__max_new_tokens=144,
+        policy__rows=1024,
     )  # fmt: skip
     met = [problem for record in records for problem in record["problems"]]
 
@@ -178,5 +180,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "where the runs are kept", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the runs")
     flags.DEFINE_integer("samples", 10, "episodes a scenario")
-    flags.DEFINE_bool("tools", False, "tool use as well")
+    flags.DEFINE_bool("tools", True, "tool use as well")
     app.run(main)

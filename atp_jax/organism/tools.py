@@ -28,7 +28,7 @@ from atp_jax.settings import ToolSettings
 
 CONVENTION = "fenced"
 KINDS = {"adaptive": 0.75, "careful": 0.13, "noisy": 0.12}
-PROBLEMS = {1: 0.35, 2: 0.15, 3: 0.15, 4: 0.15, 6: 0.2}  # how many a story has, and the shares
+PROBLEMS = {1: 0.3, 2: 0.14, 3: 0.12, 4: 0.12, 6: 0.18, 8: 0.14}  # how many a story has, and the shares
 COMPLEX_SHARE, LAST_COMPLEX = 0.15, 0.65  # of the problems that are lived through, of the last one
 # Stories without a tool; stories that tell nothing of rewards. The pipeline shows only single problems without a tool:
 # here there are more of them, for that is where arithmetic is learned.
@@ -148,7 +148,7 @@ def tool_rate(kind: str, own: float, complex_: bool, plain: bool | None, dearer:
     if kind == "noisy":
         return own
     if plain is None or not dearer:
-        return 0.8 if complex_ else 0.45
+        return 0.85 if complex_ else 0.2
     return 0.1 if plain else 0.93
 
 

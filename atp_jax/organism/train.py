@@ -46,17 +46,18 @@ WARM_UP, DECAY = 0.03, 0.5  # shares of the training at its beginning and end
 GAME_BUCKETS = (*BUCKETS, (960, 11), (1152, 9))
 # The later phases: a schedule, and the stories of each kind in a chunk. The second has as many tokens of role-play as
 # of games; the third is half tool use, a quarter of it single steps of arithmetic; the fourth mostly such steps, for
-# sums and differences of two digits take a hundred thousand examples; the fifth has as many tokens of role-play, of
-# games and of tool use, since the fourth makes the agents of the first two forget a part of their ways.
+# sums and differences of two digits take a hundred thousand examples; the fifth is half tool use,
+# half role-play and games, whose agents forget a part of their ways in the fourth.
 GAME_LEARNING_RATE = 1.5e-3
 GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
 LATER = (
     {"role_play": 512, "game": 384},
     {"role_play": 256, "game": 192, "tool": 288, "drill": 240},
     {"role_play": 96, "game": 72, "tool": 128, "drill": 900},
-    {"role_play": 384, "game": 288, "tool": 224, "drill": 80},
+    {"role_play": 320, "game": 240, "tool": 320, "drill": 80},
 )
-TOOL_BUCKETS = (*GAME_BUCKETS, (1408, 7))
+SHIPPED = (70, 34, 28, 16, 22)  # chunks of each phase that the shipped weights saw
+TOOL_BUCKETS = (*GAME_BUCKETS, (1408, 7), (1664, 6))
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -310,6 +311,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "directory for the finished model", required=True)
     flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics", required=True)
     flags.DEFINE_integer("seed", 0, "seed of the stories and of the initial weights")
-    flags.DEFINE_list("chunks", ["70", "34"], f"of each of up to {1 + len(LATER)} phases; what the shipped weights saw")
+    help_ = f"of each of up to {1 + len(LATER)} phases; what the shipped weights saw"
+    flags.DEFINE_list("chunks", list(map(str, SHIPPED)), help_)
     flags.register_validator("chunks", valid_phases, f"takes up to {1 + len(LATER)} numbers, the first above 0")
     app.run(main)
