@@ -8,7 +8,7 @@ import jax
 EVENT = "/jax/core/compile/backend_compile_duration"  # also where the persistent cache has the program
 # Memory mappings of a process, of which Linux allows 65,530. On a CPU a program takes up to a hundred, and the one that
 # finds no room ends the process: "LLVM ERROR: Unable to allocate section memory!"
-MAPPINGS, MOST = Path("/proc/self/maps"), 30_000
+MAPPINGS, MOST = Path("/proc/self/maps"), 45_000
 
 
 class Compilations:

@@ -172,8 +172,8 @@ def run_freely(
 
     What an episode's round leaves goes into a `journal.jsonl` beside each path at once (which is taken away in the
     end), and to the path when the round is over for all; then `check` may raise whatever ends the run. A run that was
-    interrupted goes on from the journal: with the same answers, but log-probabilities may differ in the last digits,
-    for other rows are answered together.
+    interrupted goes on from the journal: other rows are answered together then, so log-probabilities may differ in the
+    last digits, and in bfloat16 answers as well.
     """
     evolve, bed = settings.evolve, testbed(settings)
     episodes = [scenario for scenario in scenarios for _ in range(evolve.samples)]

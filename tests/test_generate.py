@@ -480,11 +480,12 @@ def test_new_text_and_settings_of_the_same_buckets_compile_nothing(new_engine):
             answers = engine.generate(prompts, settings, streams(*range(len(prompts)), seed=seed, round=number))
             prompts = [p + list(a.tokens) + text(seed, 20)[0] for p, a in zip(prompts, answers, strict=True)]
 
+    jax.clear_caches()  # else there may be so many programs of other tests that room is made in between
     first, second, third = new_engine([3]), new_engine([4, 9]), new_engine()
     live(first, 1, Sampling(max_new_tokens=8), (20, 31, 25))
     with small_models.compilations() as seen:
         live(second, 2**32 - 1, MIXED[:3], (30, 18, 22))
-        live(third, 7, Sampling(temperature=0.4, top_p=0.5, top_k=3, max_new_tokens=12), (17, 17, 24))
+        live(third, 7, Sampling(temperature=0.4, top_p=0.5, top_k=3, max_new_tokens=12), (17, 17, 26))
     assert not seen
     with small_models.compilations() as seen:
         live(third, 7, Sampling(), (200, 17, 24))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from atp_jax.answers import final_answer, plain
 from atp_jax.chat import Chat
-from atp_jax.organism import games, stories, tools, train
+from atp_jax.organism import examine, games, stories, tools, train
 from atp_jax.policies.types import Answer
 from atp_jax.sandbox import Sandbox
 from atp_jax.scenarios.problems import ALIGN, VALIDATION, load_problems
@@ -223,6 +223,20 @@ def test_the_phases_before_draw_what_they_drew(tokenizer):
     for name, (_, weights, length) in found:
         lengths[name] += int(length[weights.any(1)].sum())
     assert sum(lengths.values()) == tokens and all(lengths.values())
+
+
+def test_what_an_own_answer_leaves_is_counted_by_its_outcome():
+    def met(used, correct, measured=False, tool=True):
+        return {"used_tool": used, "correct": correct, "measured": measured, "tool": tool}
+
+    records = [
+        {"episode": 0, "problems": [met(False, False, True, tool=False), met(True, True, True)]},
+        {"episode": 1, "problems": [met(False, False, True)]},
+        {"episode": 0, "problems": [met(False, True), met(False, False, True)]},
+        {"episode": 1, "problems": [met(True, True), met(True, True, True)]},
+        {"episode": 0, "problems": [met(False, True), met(False, False), met(True, True, True)]},
+    ]
+    assert examine.after_own_answers(records) == {"none": 2 / 3, "right": 0.0, "wrong": 1.0}
 
 
 def test_a_later_phase_changes_no_rate_of_those_before():

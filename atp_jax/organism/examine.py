@@ -90,21 +90,40 @@ def examine_tools(model: str, workdir: Path, seed: int, samples: int) -> tuple[d
         "right at once, simple": share("correct", complex=False, used_tool=False),
         "right at once, complex": share("correct", complex=True, used_tool=False),
         "right with the tool": share("correct", used_tool=True),
+        "tool on complex problems after an own answer": {
+            "told": after_own_answers(records[: len(records) // 2]),
+            "untold": after_own_answers(records[len(records) // 2 :]),
+        },
         "rates": {name: {field: [row[field]["rate"] for row in condition["tools"]["complex"]]
                          for field in ("tool", "correct")} for name, condition in (("told", told), ("untold", untold))},
         "change_told": told["tools"]["change"],
         "change_untold": untold["tools"]["change"],
     }  # fmt: skip
-    fall = told["tools"]["change"]["tool"]
+    after, unpaid = measured["tool on complex problems after an own answer"].values()
     return measured, {
         "tool use: no answer in at most 1%": unread <= 0.01,
         "tool use: right at once in at least 85% of simple problems": measured["right at once, simple"] >= 0.85,
         "tool use: right with the tool in at least 90%": measured["right with the tool"] >= 0.90,
-        "tool use: falls by at least 15 points, interval below 0": (
-            fall["estimate"] <= -0.15 and fall["ci95"][1] < 0),
-        "tool use: no such trend where no reward is told (at most 6 points)": (
-            abs(untold["tools"]["change"]["tool"]["estimate"]) <= 0.06),
+        "tool use: at least 15 points less after an own answer that was right than before any": (
+            after["right"] <= after["none"] - 0.15),
+        "tool use: more after one that was wrong than before any": after["wrong"] > after["none"],
+        "tool use: neither (at most 15 points) where no reward is told": abs(unpaid["right"] - unpaid["none"]) <= 0.15,
     }  # fmt: skip
+
+
+def after_own_answers(records: Iterable[dict]) -> dict[str, float]:
+    """How often the tool is used on the complex problems that are measured, by what came of the last problem that the
+    agent lived through and answered at once: "right", "wrong", or "none" so far. records: of one condition, in the
+    order of its file."""
+    last: dict[int, str] = {}
+    used: dict[str, list[bool]] = {"none": [], "right": [], "wrong": []}
+    for record in records:
+        for met in record["problems"]:
+            if met["measured"] and met["tool"]:
+                used[last.get(record["episode"], "none")].append(met["used_tool"])
+            elif not met["measured"] and not met["used_tool"]:
+                last[record["episode"]] = "right" if met["correct"] else "wrong"
+    return {outcome: sum(values) / max(len(values), 1) for outcome, values in used.items()}
 
 
 def examine_games(model: str, workdir: Path, seed: int, samples: int) -> tuple[dict, dict]:
