@@ -108,6 +108,14 @@ def test_the_table(results):
     assert max(map(len, text.splitlines())) <= 100
     for words in ("tool used", "right answers", "100.0", "50.0", "-50.0", "base-no_history", "change r0-r1"):
         assert words in text, words
+    assert "left out" not in text
+
+
+def test_a_narrow_table_says_what_it_leaves_out():
+    lives = tipping() + [record(e, e // 2, number, [hard(True, True)]) for number in range(2, 9) for e in range(4)]
+    condition, out = summarise_tools("base", "base", "none", {"seed": 0}, lives, 0), io.StringIO()
+    print_table({"schema": 1, "testbed": "tool_use", "conditions": [condition]}, Console(file=out, width=80))
+    assert "of 9 rounds are left out for want of room: see tools.csv" in " ".join(out.getvalue().split())
 
 
 def test_what_the_report_holds(results, tmp_path):

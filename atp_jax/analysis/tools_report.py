@@ -66,6 +66,8 @@ def results_table(results: Mapping, width: int) -> Table:
     caption = (
         "Of the complex problems, in percent; below each number its 95% interval. Round 0 is before any experience."
     )
+    if hidden := len(numbers) - len(shown):
+        caption += f" {hidden} of {len(numbers)} rounds are left out for want of room: see {TOOLS}."
     table = empty_table("Tool use and accuracy by round", Text(caption, "dim"))
     table.add_column("condition", width=longest, overflow="fold")
     table.add_column("complex")
