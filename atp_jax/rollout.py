@@ -220,8 +220,7 @@ class _Book:
         self._condition, self._path, self._on_round = condition, path, on_round
         self._addresses = addresses  # of each episode's records
         self._entered: dict[int, dict[int, list[dict]]] = {number: {} for number in numbers}  # by round and episode
-        self._open = iter(numbers)
-        self._now = next(self._open)
+        self._first = self._now = numbers.start  # the latter: the round that is not over for all
         self._recovered = recover(path, [one for part in addresses for one in part], numbers.start)
         mend(self.journal)
         read = [record for records in self._recovered for record in records] + read_lines(self.journal)
@@ -246,12 +245,12 @@ class _Book:
         while len(self._entered.get(self._now, ())) == len(self._addresses):
             by_episode = self._entered[self._now]
             records = [record for episode in range(len(self._addresses)) for record in by_episode[episode]]
-            there = self._now - min(self._entered) < len(self._recovered)
+            there = self._now - self._first < len(self._recovered)
             if not there:
                 append(self._path, records)
             self.everything += records
             self._on_round(Finished(self._condition, self._now, records, there, None))
-            self._now = next(self._open, None)
+            self._now += 1
 
 
 def _check_same(records: list[dict], told: list[dict], path: Path) -> None:

@@ -374,7 +374,8 @@ class Engine:
         if want >= 2 * have or want < have > limit or (have > FEWEST and want * SHRINK <= have):
             places = [row for row, one in enumerate(held) if wanted.alive(one)]
             more = {wanted.after[one] for one in waiting}  # these go on from what rests in their row
-            places += [row for row, one in enumerate(held) if row not in places and one in more][: want - len(places)]
+            resting = [row for row, one in enumerate(held) if one in more and not wanted.alive(one)]
+            places += resting[: want - len(places)]
             source = np.zeros(want, np.int32)
             source[: len(places)] = places
             if waiting and size < state.cache.keys[0].shape[3]:  # first, for there may be no room for more rows so long
@@ -393,10 +394,11 @@ class Engine:
         resting = {held[row]: row for row in free if held[row] >= 0}
         chosen = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
         own = {one: resting.pop(wanted.after[one]) for one in chosen if wanted.after[one] in resting}
-        others = [row for row in free if row not in own.values()]
-        others = collections.deque(sorted(others, key=lambda row: held[row] in resting))  # what rests may be wanted yet
+        taken = set(own.values())
+        others = sorted((row for row in free if row not in taken), key=lambda row: held[row] in resting)
+        others = iter(others)  # first those that hold nothing: what rests may be wanted yet
         for one in chosen:
-            row = own[one] if one in own else others.popleft()
+            row = own[one] if one in own else next(others)
             lengths[row] = wanted.kept(one) if one in own else 0
             if wanted.after[one] is not None:
                 wanted.prompts[wanted.after[one]] = ()  # a long run has many

@@ -46,8 +46,8 @@ WARM_UP, DECAY = 0.03, 0.5  # shares of the training at its beginning and end
 GAME_BUCKETS = (*BUCKETS, (960, 11), (1152, 9))
 # The later phases: a schedule, and the stories of each kind in a chunk. The second has as many tokens of role-play as
 # of games; the third is half tool use, a quarter of it single steps of arithmetic; the fourth mostly such steps, for
-# sums and differences of two digits take a hundred thousand examples; the fifth is half tool use,
-# half role-play and games, whose agents forget a part of their ways in the fourth.
+# sums and differences of two digits take a hundred thousand examples; the fifth is half tool use, half
+# role-play and games, whose agents forget a part of their ways in the fourth.
 GAME_LEARNING_RATE = 1.5e-3
 GAME_WARM_UP, GAME_DECAY = 0.05, 0.6
 LATER = (

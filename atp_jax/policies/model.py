@@ -73,8 +73,8 @@ class ModelPolicy:
                     todo.extend(follow(request, _NO_ROOM))
                     continue
                 member = request.condition, request.episode, request.agent
-                stream, worn = (self._seed, *request.stream), -1 if request.unaligned else 0
-                found.append(Next(prompt, stream, worn, last.get(member)))
+                stream = self._seed, *request.stream
+                found.append(Next(prompt, stream, _worn(request), last.get(member)))
                 last[member] = len(asked)
                 asked.append(request)
                 prompts.append(prompt)
@@ -146,4 +146,8 @@ def _adapters(requests: Sequence[Request]) -> list[int] | None:
     """What each agent wears, for the engine: nothing is said where all wear the same."""
     if not any(request.unaligned for request in requests):
         return None
-    return [-1 if request.unaligned else 0 for request in requests]
+    return [_worn(request) for request in requests]
+
+
+def _worn(request: Request) -> int:
+    return -1 if request.unaligned else 0
