@@ -1,5 +1,6 @@
 """What benchmarks take for a device's work, counted independently, and what they take for its rates."""
 
+import dataclasses
 import types
 
 import jax
@@ -13,6 +14,7 @@ from atp_jax.benchmarks.work import must_read, prefill_flops, update_flops
 from atp_jax.errors import UserError
 from atp_jax.model import load_model
 from atp_jax.models.cache import KVCache, init_cache
+from atp_jax.models.decoder import abstract
 from atp_jax.plan.cost import cost
 
 UNTIED = "llama31"  # so that the gradient of the embedding is no product
@@ -44,12 +46,18 @@ def flops(function, *arguments) -> float:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", UNTIED])
 def test_flops_of_prefill_are_those_of_reading_token_by_token(name):
-    config, graphdef, params = small_models.load(small_models.FIXTURES / name)
+    """All layers but the last; of that one keys and values of all tokens, and all of the last token."""
+    config, _, _ = small_models.load(small_models.FIXTURES / name)
+    fewer = dataclasses.replace(config, num_layers=config.num_layers - 1)
 
-    def prefill(params):
-        return read(nnx.merge(graphdef, params), range(7), init_cache(config, 1, 0))[0]
+    def reading(config, tokens, behind):
+        graphdef, params = abstract(config)
+        cache = init_cache(config, 1, behind)
+        return flops(lambda params: read(nnx.merge(graphdef, params), range(tokens), cache)[0], params)
 
-    assert prefill_flops(config, rows=3, length=7) == 3 * flops(prefill, params) > 0
+    last = reading(config, 1, 6) - reading(fewer, 1, 6)
+    keys_and_values = 6 * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    assert prefill_flops(config, rows=3, length=7) == 3 * (reading(fewer, 7, 0) + last + keys_and_values) > 0
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_models
@@ -21,6 +23,7 @@ from atp_jax.generate import engine as engines
 from atp_jax.generate import sampling as samplers
 from atp_jax.generate.engine import Engine, Next, bucket, common_prefix
 from atp_jax.generate.sampling import Sampling
+from atp_jax.models.cache import KVCache
 
 HERE = Path(__file__).resolve().parent
 ONE = parallel.make_mesh(devices=jax.devices()[:1])
@@ -284,7 +287,7 @@ def test_prompts_that_wait_for_a_free_row_are_answered_as_all_at_once(model, new
     assert {rows for rows, _ in seen} == {3}
 
     position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    engine = Engine(config, params, (), ONE, memory=int(5 * 64 * position / 0.6) + 1)
+    engine = Engine(config, params, (), ONE, memory=int(5 * 64 * position / engines.CACHES) + 1)
     with batches(monkeypatch) as seen:
         assert_same(engine.generate(prompts, asked, streams(*range(6))), at_once)
     most = {64: 5, 96: 3, 128: 2}
@@ -309,7 +312,7 @@ def test_a_batch_grows_when_its_longest_row_is_done(model, new_engine, monkeypat
 
     take = engines.take
     monkeypatch.setattr(engines, "take", spy)
-    engine = Engine(config, params, (), ONE, memory=int(3 * 384 * position / 0.6) + 1)
+    engine = Engine(config, params, (), ONE, memory=int(3 * 384 * position / engines.CACHES) + 1)
     with batches(monkeypatch) as seen:
         assert_same(engine.generate(prompts, asked, streams(*range(15))), at_once)
     assert seen[0] == (3, 384) and (12, 64) in seen, seen
@@ -413,7 +416,7 @@ def test_what_follows_is_answered_the_same_where_memory_is_short(model, new_engi
     stop, config = {3, 11}, model[0]
     expected = lives(new_engine(stop), lockstep=True, rounds=3, many=2)
     position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    engine = Engine(config, model[2], stop, ONE, memory=int(20 * 96 * position / 0.6) + 1)
+    engine = Engine(config, model[2], stop, ONE, memory=int(20 * 96 * position / engines.CACHES) + 1)
     with batches(monkeypatch) as seen:
         found = lives(engine, rounds=3, together=5, many=2)
     assert len({rows for rows, _ in seen}) > 3 and len({size for _, size in seen}) > 2, seen
@@ -423,7 +426,7 @@ def test_what_follows_is_answered_the_same_where_memory_is_short(model, new_engi
 
 def test_what_follows_waits_for_nobody_and_reads_only_what_is_new(new_engine, monkeypatch):
     """Of ten episodes with four rounds each: fewer steps than the longest answers of the rounds have together; a row
-    reads what the last answer and the message after it are, and nothing again."""
+    reads the message after its last answer and nothing again: what was said was read when it was."""
     monkeypatch.setattr(engines, "CHUNK", 16)
     monkeypatch.setattr(engines, "FEWEST", 100)  # no row moves
     steps = []
@@ -441,8 +444,7 @@ def test_what_follows_waits_for_nobody_and_reads_only_what_is_new(new_engine, mo
     assert sum(steps) < 0.8 * in_turn, (sum(steps), in_turn)
     first = [20, 41, 8, 33, 20, 5, 12, 27, 30, 9]
     for row, answers in enumerate(found):
-        new = sum(len(answer.tokens) + 6 for answer in answers[:-1])
-        assert sum(count[row] for count in counts) == first[row] + new
+        assert sum(count[row] for count in counts) == first[row] + 6 * len(answers[:-1])
 
 
 @pytest.mark.parametrize("most", [9, 11, 5, 7])
@@ -499,6 +501,50 @@ def test_the_cache_is_updated_in_place(new_engine):
     before = engine._state
     engine.generate(text(14, 10, 20), Sampling(max_new_tokens=8), streams(0, 1))
     assert all(array.is_deleted() for array in jax.tree.leaves(before.cache))
+
+
+def test_a_cache_that_moves_lies_in_memory_twice_for_one_layer_alone(monkeypatch):
+    """While it grows, and while its rows are taken; and not at all where the old one goes on."""
+    layers, rows, size = 6, 4, 64
+
+    def filled():
+        keys, values = (
+            tuple(jnp.full((rows, 2, *shape), index, jnp.float32) for index in range(layers))
+            for shape in ((8, size), (size, 8))
+        )
+        return engines.State(KVCache(keys, values), jnp.zeros((rows, 16)), jnp.zeros(rows, jnp.int32))
+
+    def lying():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4)
+
+    def watched(name):
+        original = getattr(engines, name)
+
+        def spy(*arguments, **static):
+            out = original(*arguments, **static)
+            most.append(lying() - others)
+            return out
+
+        monkeypatch.setattr(engines, name, spy)
+
+    watched("_resized")
+    watched("_taken")
+    others, layer = lying(), 2 * rows * 2 * 8 * size * 4
+    most, state = [], filled()
+    grown = engines.resize(state.cache, 96, mesh=ONE)
+    assert max(most) == layer * (1.5 * layers + 1)
+    chex.assert_trees_all_equal(grown.values[3][:, :, :size], jnp.full((rows, 2, size, 8), 3.0))
+    chex.assert_shape(grown.keys, (rows, 2, 8, 96))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
+    del grown
+    most, state = [], filled()
+    taken = engines.take(state, jnp.array([2, 0]), mesh=ONE)
+    assert max(most) == layer * (layers + 0.5) and all(x.is_deleted() for x in jax.tree.leaves(state.cache))
+    del taken
+    most, state = [], filled()
+    engines.take(state, jnp.array([2, 0]), mesh=ONE, keep=True)
+    assert max(most) == layer * 1.5 * layers and not any(x.is_deleted() for x in jax.tree.leaves(state.cache))
 
 
 @given(st.integers(1, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 16, 64]), st.sampled_from([1, 2, 6]))

@@ -197,7 +197,8 @@ def test_gradients_of_attention_in_blocks_are_those_of_the_formula():
 @pytest.mark.parametrize("append", [caches.append_and_attend, caches.append_and_attend_at_once])
 def test_attention_to_a_cache_equals_all_at_once(append):
     """What is new is written and seen, of rows in any order among others, in two blocks of queries; large scores here,
-    too, and the longest row sees the last position of the cache. A line of no row changes nothing."""
+    too, and the longest row sees the last position of the cache. A line of no row changes nothing. Queries of some of
+    the new tokens see what they see among all."""
     rng = np.random.default_rng(1)
     query, keys, values = (rng.normal(size=(2, t, n, 6)).astype(np.float32) for t, n in ((130, 4), (160, 2), (160, 2)))
     rows, start, query = np.array([3, 1, 4]), np.array([0, 30, 0], np.int32), np.stack([*60 * query, 0 * query[0]])
@@ -208,8 +209,13 @@ def test_attention_to_a_cache_equals_all_at_once(append):
     before = [array.copy() for array in held]
     expected = attend_at_once(query[:2], keys, values, positions)
     for past in (None, 30, 64):
-        got, *held = jax.jit(append, static_argnames="past")(query, *new, *before, rows, start, past=past)
+        program, asked = jax.jit(append, static_argnames="past"), np.array([129, 70, 0])
+        few = np.take_along_axis(query, np.minimum(asked[:, None] + [0, 1], 129)[..., None, None], axis=1)
+        some, *same = program(few, *new, *before, rows, start, asked, past=past)
+        got, *held = program(query, *new, *before, rows, start, None, past=past)
         chex.assert_trees_all_close(got[:2], expected, atol=1e-4, rtol=0)
+        chex.assert_trees_all_close((some[0, 0], some[1]), (expected[0, 129], expected[1, 70:72]), atol=1e-4, rtol=0)
+        chex.assert_trees_all_equal(same, held)
         np.testing.assert_array_equal(held[0][1], keys[1].transpose(1, 2, 0))
         np.testing.assert_array_equal(held[1][3, :, :130], values[0, :130].swapaxes(0, 1))
         for now, then in zip(held, before, strict=True):

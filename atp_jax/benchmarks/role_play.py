@@ -1,9 +1,11 @@
 r"""Seconds of role-play, round by round: 64 items lived through together by the real policy.
 
     python -m atp_jax.benchmarks.role_play --model DIR [--data F] --items 64 --rounds 6 --new 64 \
-        [--against transformers]
+        [--freely] [--against transformers]
 
 All rounds stay in view, and every answer has exactly `new` tokens. The first life compiles, the second is measured.
+--freely: as with evolve.lockstep=False, where the model has read an answer once it has given it; in lockstep it reads
+it again with the next prompt. Since all answers are equally long, the rounds are the same ones.
 Prints one JSON object: seconds of all rounds and tokens_per_s (new tokens), of each round the seconds, those of prefill
 and decoding, what is left (rendering, tokenizing, reading decisions), and the longest prompt; compile_s, the machine.
 --against transformers answers the same prompts of each round as one batch right after it, --against transformers_each
@@ -26,23 +28,27 @@ from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling
 from atp_jax.model import ORGANISM, Model, load_model
 from atp_jax.policies.model import ModelPolicy
+from atp_jax.policies.types import Answer, Request
 from atp_jax.scenarios.pack import load_role_play
 from atp_jax.scenarios.wording import load_wording
 from atp_jax.settings import default_config, read_settings
 from atp_jax.testbeds.role_play import Lives, conditions
 
 
-def live(policy: ModelPolicy, items: list, rounds: int, new: int, peer: Peer | None, each: bool) -> list[dict]:
+def live(
+    policy: ModelPolicy, items: list, rounds: int, new: int, freely: bool, peer: Peer | None, each: bool
+) -> list[dict]:
     """What each round took."""
     config = default_config()
     config.evolve.rounds, config.evolve.window = rounds, None
     settings = read_settings(config)
     lives = Lives(conditions(settings, "base", 0)[0], items, load_wording("", "role_play"), settings)
-    spent = []
-    for number in range(1, rounds + 1):
-        policy.spent.clear()
-        began = time.perf_counter()
-        answers = policy.answer(lives.ask())
+    spent, began, answered = [], time.perf_counter(), {}
+    policy.spent.clear()
+
+    def go_on(answers: list[Answer]) -> list[Request]:
+        """The round is over. -> what is asked in the next"""
+        nonlocal began
         lives.tell(answers)
         took = time.perf_counter() - began
         check_whole(answers, new)
@@ -51,19 +57,34 @@ def live(policy: ModelPolicy, items: list, rounds: int, new: int, peer: Peer | N
         if peer:
             phases["peer_s"] = peer.seconds(prompts=[answer.prompt for answer in answers], new=new, each=each)
         longest = max(len(answer.prompt) for answer in answers)
-        spent.append({"round": number, "longest_prompt": longest} | {k: round(v, 3) for k, v in phases.items()})
+        spent.append({"round": len(spent) + 1, "longest_prompt": longest} | {k: round(v, 3) for k, v in phases.items()})
+        policy.spent.clear()
+        began = time.perf_counter()
+        return lives.ask() if len(spent) < rounds else []
+
+    def follow(request: Request, answer: Answer) -> list[Request]:
+        answered[request.episode] = answer
+        return go_on([answered.pop(episode) for episode in range(len(items))]) if len(answered) == len(items) else []
+
+    asked = lives.ask()
+    if freely:
+        policy.pursue(asked, follow)
+    while asked and not freely:
+        asked = go_on(policy.answer(asked))
     return spent
 
 
-def measure(model: Model, data: str, items: int, rounds: int, new: int, peer: Peer | None, each: bool) -> dict:
+def measure(
+    model: Model, data: str, items: int, rounds: int, new: int, freely: bool, peer: Peer | None, each: bool
+) -> dict:
     """The JSON object. UserError where there are too few scenarios."""
     scenarios = load_role_play(data)
     if len(scenarios) < items:
         raise UserError(f"--items={items}, but {data or 'the shipped pack'} has only {len(scenarios)} scenarios")
     endless = dataclasses.replace(model, generation={"eos_token_id": []})
     policy = ModelPolicy(endless, Sampling(max_new_tokens=new), seed=0)
-    first = live(policy, scenarios[:items], rounds, new, None, each)
-    spent = live(policy, scenarios[:items], rounds, new, peer, each)
+    first = live(policy, scenarios[:items], rounds, new, freely, None, each)
+    spent = live(policy, scenarios[:items], rounds, new, freely, peer, each)
     seconds = sum(one["seconds"] for one in spent)
     result = {
         "seconds": round(seconds, 2), "tokens_per_s": round(items * rounds * new / seconds, 1),
@@ -75,7 +96,7 @@ def measure(model: Model, data: str, items: int, rounds: int, new: int, peer: Pe
     if peer:
         theirs = sum(one["peer_s"] for one in spent)
         result |= {"peer_s": round(theirs, 2), "ratio": round(theirs / seconds, 2), "peer": peer.about}
-    shape = {"items": items, "rounds": rounds, "new": new, "dtype": model.dtype}
+    shape = {"items": items, "rounds": rounds, "new": new, "freely": freely, "dtype": model.dtype}
     return result | {"by_round": spent} | shape | machine()
 
 
@@ -87,7 +108,7 @@ def main(argv):
         model = load_model(path, v.dtype)
         with transformers_peer(path, v.dtype) if v.against else contextlib.nullcontext() as peer:
             each = v.against == "transformers_each"
-            print(json.dumps(measure(model, v.data, v.items, v.rounds, v.new, peer, each)))
+            print(json.dumps(measure(model, v.data, v.items, v.rounds, v.new, v.freely, peer, each)))
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
@@ -99,6 +120,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("items", 64, "scenarios", lower_bound=1)
     flags.DEFINE_integer("rounds", 6, "rounds", lower_bound=1)
     flags.DEFINE_integer("new", 64, "tokens of an answer", lower_bound=1)
+    flags.DEFINE_boolean("freely", False, "as with evolve.lockstep=False")
     flags.DEFINE_string("dtype", "float32", "of the model")
     flags.DEFINE_enum("against", "", ["", "transformers", "transformers_each"], "what answers the same prompts, too")
     app.run(main)

@@ -5,7 +5,7 @@ what no program can do without, so that the share of a device's rate says how mu
 products with weights: 2 a weight and token; another 2 for the gradient of activations; another 2 for that of weights,
 where these are trained. In attention: 2 for a score and 2 for its value, for each head, its size and each position
 seen; twice that again for the gradient, since both factors of each product have one. The adapter's own products, under
-a hundredth, are left out.
+a hundredth, are left out; that an update needs of a prompt's last layer only keys and values is not looked at.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,13 @@ def must_read(model: Model, rows: int, length: int, new: int) -> int:
 
 
 def prefill_flops(config: DecoderConfig, rows: int, length: int) -> int:
-    """Of reading prompts of `length` tokens, without logits."""
-    return rows * (2 * length * _layer_weights(config) + _attention(config, 0, length))
+    """Of reading prompts of `length` tokens, without logits: of the last layer only keys and values are wanted of all
+    tokens, the rest of the last one."""
+    layers, length_before = config.num_layers, length - 1
+    keys_and_values = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+    whole = 2 * length * _layer_weights(config) + _attention(config, 0, length)
+    spared = 2 * length_before * (_layer_weights(config) // layers - keys_and_values)
+    return rows * (whole - spared - _attention(config, 0, length_before) // layers)
 
 
 def update_flops(config: DecoderConfig, prompts: Sequence[int], group: int, new: int, *, whole: bool) -> int:

@@ -3,9 +3,10 @@
 Every array that reaches the device has a shape from a small ladder (rows, new tokens, cache positions), and everything
 that differs between rows is an array, so new text, settings and seeds compile nothing new.
 
-What is kept of a round is its prompts. The keys and values of an answer are computed again when the next prompt, which
+What is kept of a batch is its prompts. The keys and values of an answer are computed again when the next prompt, which
 contains the answer, is appended. So the cache is a function of the sequence of prompts and of nothing else, and a run
-that was interrupted rebuilds it bit for bit by prefilling the same prompts, without decoding a token.
+that was interrupted rebuilds it bit for bit by prefilling the same prompts, without decoding a token. Where answers are
+followed one by one (`generate(follow=)`) no such promise is made, and what was decoded is kept as well.
 """
 
 import collections
@@ -35,6 +36,9 @@ SHRINK, FEWEST = 4, 16  # a batch of more than 16 rows shrinks when only a quart
 PREFILL_TOKENS = {"cpu": 2**12, "other": 2**14}
 NARROWEST, WIDEST = 16, 1024  # new tokens of a row in one prefill step
 SMALLEST_CACHE = 64  # positions
+# Of the memory for caches, what a batch may fill: a quarter of its rows may be decoded on in a copy (SHRINK), and while
+# a cache moves to another size one layer of it lies in memory twice.
+CACHES = 0.75
 
 
 class State(struct.PyTreeNode):
@@ -114,21 +118,42 @@ def empty_state(config: DecoderConfig, rows: int, size: int, dtype, mesh) -> Sta
 
 
 @functools.partial(jax.jit, static_argnames=("size", "mesh"))
-def resize(cache: KVCache, size: int, mesh) -> KVCache:
-    """The same cache with `size` positions: zeros are added, or the last positions cut off."""
-
+def _resized(keys: jax.Array, values: jax.Array, *, size: int, mesh):
     def one(array, axis):
         kept = jax.lax.slice_in_dim(array, 0, min(size, array.shape[axis]), axis=axis)
         return jnp.pad(kept, [(0, size - kept.shape[i] if i == axis else 0) for i in range(4)])
 
-    keys, values = (tuple(one(x, axis) for x in side) for side, axis in ((cache.keys, 3), (cache.values, 2)))
-    return pin(KVCache(keys, values), mesh)
+    return pin((one(keys, 3), one(values, 2)), mesh)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def take(state: State, source: jax.Array, *, mesh) -> State:
-    """The state whose row b is row source[b] of this one."""
-    return pin(jax.tree.map(lambda x: x[source], state), mesh)
+def _taken(arrays, source: jax.Array, *, mesh):
+    return pin(jax.tree.map(lambda x: x[source], arrays), mesh)
+
+
+def _moved(cache: KVCache, move: Callable, keep: bool) -> KVCache:
+    """move: (keys, values) of a layer -> those of the new cache. Layer by layer, and unless the old cache is kept it
+    goes as the new one comes: no more than one layer lies in memory twice."""
+    made = []
+    for old in zip(cache.keys, cache.values, strict=True):
+        made.append(jax.block_until_ready(move(*old)))
+        for array in () if keep else old:
+            array.delete()
+    keys, values = zip(*made, strict=True)
+    return KVCache(keys, values)
+
+
+def resize(cache: KVCache, size: int, *, mesh, keep: bool = False) -> KVCache:
+    """The same cache with `size` positions: zeros are added, or the last positions cut off. The old one is gone
+    afterwards, unless it is kept."""
+    return _moved(cache, functools.partial(_resized, size=size, mesh=mesh), keep)
+
+
+def take(state: State, source: jax.Array, *, mesh, keep: bool = False) -> State:
+    """The state whose row b is row source[b] of this one, whose cache is gone afterwards, unless it is kept."""
+    cache = _moved(state.cache, lambda *layer: _taken(layer, source, mesh=mesh), keep)
+    hidden, length = _taken((state.hidden, state.length), source, mesh=mesh)
+    return State(cache, hidden, length)
 
 
 @functools.partial(jax.jit, static_argnames=("past", "graphdef", "mesh"), donate_argnames="state")
@@ -143,11 +168,11 @@ def prefill_chunk(
     decoder = nnx.merge(graphdef, weights.params)
     start, adapter = state.length.at[rows].get(mode="fill", fill_value=0), weights.adapter
     adapter = None if adapter is None else adapter.at[rows].get(mode="fill", fill_value=-1)
-    hidden, cache = decoder.extend(
-        tokens, start, state.cache, rows=rows, past=past, mesh=mesh, lora=weights.lora, adapter=adapter
-    )
-    last = jnp.take_along_axis(hidden, count[:, None, None] - 1, axis=1)[:, 0]
-    hidden, length = state.hidden.at[rows].set(last, mode="drop"), state.length.at[rows].add(count, mode="drop")
+    last, cache = decoder.extend(
+        tokens, start, state.cache, rows=rows, past=past, asked=jnp.maximum(count, 1) - 1, mesh=mesh,
+        lora=weights.lora, adapter=adapter,
+    )  # fmt: skip
+    hidden, length = state.hidden.at[rows].set(last[:, 0], mode="drop"), state.length.at[rows].add(count, mode="drop")
     return pin(State(cache, hidden, length), mesh)
 
 
@@ -313,8 +338,8 @@ class Engine:
 
         follow: called with the place of each answer and the answer, as soon as the host sees that it is complete; what
         it gives back is answered as well, before anything that waits, with places counted on, `sampling` being one for
-        all. What a row has read of the prompt before is kept for the one that goes on from it (one at most), unless the
-        batch shrinks or others enter the row before that one is there. Nothing is remembered afterwards.
+        all. What a row has read of the prompt before, and said, is kept for the one that goes on from it (one at most),
+        unless the batch shrinks or others enter the row before that one is there. Nothing is remembered afterwards.
         """
         began = time.perf_counter()
         places = self.prefill(prompts, sampling, adapter, rows)
@@ -331,8 +356,9 @@ class Engine:
                 held[row] = waiting.popleft()
         while waiting or any(map(wanted.alive, held)):
             make_room()
-            before, (state, held) = state, self._fit(state, held, waiting, wanted, rows)
-            if remembered and self._state is None and state.length.shape != before.length.shape:
+            keep = remembered and self._state is None
+            before, (state, held) = state, self._fit(state, held, waiting, wanted, rows, keep)
+            if keep and state.length.shape != before.length.shape:
                 self._state = before  # few rows are left, and decoded on in a copy
             state = self._admit(state, held, waiting, wanted)
             state, ended = self._decode(state, held, bool(waiting or follow), wanted)
@@ -353,8 +379,11 @@ class Engine:
         budgets = self._budgets(prompts, sampling)
         return [wanted.add(one, int(budget), sampling) for one, budget in zip(new, budgets, strict=True)]
 
-    def _fit(self, state: State | None, held: list[int], waiting: collections.deque, wanted: "_Wanted", rows):
-        """The state that the next chunk is decoded in, and what its rows hold (which prompt, -1 none).
+    def _fit(
+        self, state: State | None, held: list[int], waiting: collections.deque, wanted: "_Wanted", rows, keep: bool
+    ):
+        """The state that the next chunk is decoded in, and what its rows hold (which prompt, -1 none). keep: the state
+        that was given stays where the rows become others.
 
         The cache grows when a row needs it; rows for which there is no memory then give way and wait. The number of
         rows follows what is wanted and fits, where that is worth a copy: twice as many, or a quarter.
@@ -379,11 +408,11 @@ class Engine:
             source = np.zeros(want, np.int32)
             source[: len(places)] = places
             if waiting and size < state.cache.keys[0].shape[3]:  # first, for there may be no room for more rows so long
-                state = state.replace(cache=resize(state.cache, size, self.mesh))
-            state = take(state, self._put(source), mesh=self.mesh)
+                state = state.replace(cache=resize(state.cache, size, mesh=self.mesh, keep=keep))
+            state = take(state, self._put(source), mesh=self.mesh, keep=keep)
             held = [held[row] for row in places] + [-1] * (want - len(places))
         if size > state.cache.keys[0].shape[3]:
-            state = state.replace(cache=resize(state.cache, size, self.mesh))
+            state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
         return state, held
 
     def _admit(self, state: State, held: list[int], waiting: collections.deque, wanted: "_Wanted") -> State:
@@ -515,13 +544,12 @@ class Engine:
         return bucket(needed, steps=2, smallest=SMALLEST_CACHE)
 
     def _most(self, size: int, rows: int | None) -> int:
-        """How many rows with a cache of this size fit. A cache that grows lies in memory twice for a moment, at two
-        thirds and at its new size, so it may take up three fifths."""
+        """How many rows with a cache of this size fit."""
         most = rows or 2**31
         if self.memory is not None:
             config = self.config
             position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self._dtype).itemsize
-            most = min(most, int(0.6 * self.memory) // (size * position))
+            most = min(most, int(CACHES * self.memory) // (size * position))
         return max(most, 1)
 
     def _all_fit(self, prompts, budgets, rows: int | None) -> bool:
@@ -539,7 +567,7 @@ class Engine:
         if state is None or state.length.shape[0] != rows:
             return empty_state(self.config, rows, size, self._dtype, self.mesh), []
         if state.cache.keys[0].shape[3] != size:
-            state = state.replace(cache=resize(state.cache, size, self.mesh))
+            state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
         return state, old
 
     def _ask(self, held: list[int], wanted: "_Wanted") -> Asked:
@@ -618,12 +646,12 @@ class _Wanted:
         return len(self.prompts[one]) + drawn, self.budgets[one] - drawn
 
     def kept(self, one: int) -> int:
-        """How much of the prompt that it goes on from begins its own. The answer to that one is read again, as in
-        lockstep; so is the last token, for its hidden state is what the answer starts from."""
+        """How much of the prompt that it goes on from, and of the answer to that, begins its own. The last token is
+        read again: its hidden state is what the answer starts from."""
         after, prompt = self.after[one], self.prompts[one]
         if self.adapter is not None and self.adapter[after] != self.adapter[one]:
             return 0
-        return min(common_prefix(self.prompts[after], prompt), len(prompt) - 1)
+        return min(common_prefix([*self.prompts[after], *self.tokens[after]], prompt), len(prompt) - 1)
 
     def worn(self, held: list[int]) -> list[int] | None:
         """The adapter of each row."""

@@ -39,59 +39,62 @@ def init_cache(config: DecoderConfig, batch: int, size: int, dtype=jnp.float32) 
     return KVCache(zeros(config.head_dim, size), zeros(size, config.head_dim))
 
 
-def append_and_attend(query, key, value, keys, values, rows, start, *, past: int | None = None):
+def append_and_attend(query, key, value, keys, values, rows, start, asked, *, past: int | None = None):
     """Writes new keys and values behind what the rows hold, and attends to both.
 
-    query [R, T, N, D], key and value [R, T, KV, D], keys [B, KV, D, S], values [B, KV, S, D], rows and start int32 [R],
-    past: as in `Decoder.extend`. -> what was attended [R, T, N, D], keys, values.
+    query [R, Q, N, D], key and value [R, T, KV, D], keys [B, KV, D, S], values [B, KV, S, D], rows and start int32 [R],
+    past: as in `Decoder.extend`. asked int32 [R]: query q of line r is that of its new token asked[r] + q; None: there
+    is one for each. -> what was attended [R, Q, N, D], keys, values.
 
     Row by row and head by head: the scores of a block of queries stay in a processor's cache, no row looks further than
     its group must, and XLA computes two heads at a time. 32 rows of 96 new tokens behind 1,184, KV 4, G 2, D 32, on 2
     cores: 35 ms a layer in blocks of 64 queries; with all heads of a row at once 83 ms.
     """
-    (_, width, heads, dim), (batch, kv_heads, _, size) = query.shape, keys.shape
+    (_, length, heads, dim), (batch, kv_heads, _, size), width = query.shape, keys.shape, key.shape[1]
     past = size if past is None else past
-    blocks = [(begin, min(begin + 128, width)) for begin in range(0, width, 128)]
+    blocks = [(begin, min(begin + 128, length)) for begin in range(0, length, 128)]
     fits = min(width, size)  # what of the new can lie in the cache at all
 
     def one_row(line, carry):
         attended, keys, values = carry
         row, first = rows[line], start[line]
+        at = first if asked is None else first + asked[line]
         keys = _put_in(keys, key[line].transpose(1, 2, 0)[:, :, :fits], row, first, 2)
         values = _put_in(values, value[line].swapaxes(0, 1)[:, :fits], row, first, 1)
         held_keys = jax.lax.dynamic_index_in_dim(keys, row, keepdims=False)
         held_values = jax.lax.dynamic_index_in_dim(values, row, keepdims=False)
-        mine = attended[line].reshape(width, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
+        mine = attended[line].reshape(length, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
         done = []
         for head in range(kv_heads):
             parts = []
             for begin, end in blocks:
-                seen = min(past + end, size)
-                allowed = jnp.arange(seen) <= first + jnp.arange(begin, end)[:, None]
+                seen = min(past + (end if asked is None else width), size)
+                allowed = jnp.arange(seen) <= at + jnp.arange(begin, end)[:, None]
                 parts.append(
                     _attend_head(mine[head, :, begin:end], held_keys[head, :, :seen], held_values[head, :seen], allowed)
                 )
             done.append(jnp.concatenate(parts, axis=1))
-        mine = jnp.stack(done).transpose(2, 0, 1, 3).reshape(width, heads, dim)
+        mine = jnp.stack(done).transpose(2, 0, 1, 3).reshape(length, heads, dim)
         return attended.at[line].set(mine), keys, values
 
     return jax.lax.fori_loop(0, jnp.sum(rows < batch), one_row, (query, keys, values))
 
 
-def append_and_attend_at_once(query, key, value, keys, values, rows, start, *, past: int | None = None):
+def append_and_attend_at_once(query, key, value, keys, values, rows, start, asked, *, past: int | None = None):
     """The same as `append_and_attend` with all lines and heads in one product: what an accelerator wants, for which a
     product for each row and head is too small. The lines' rows are copied out of the cache."""
-    (lines, width, heads, dim), (_, kv_heads, _, size) = query.shape, keys.shape
+    (lines, length, heads, dim), (_, kv_heads, _, size), width = query.shape, keys.shape, key.shape[1]
     seen = min((size if past is None else past) + width, size)
     positions = start[:, None] + jnp.arange(width)
     keys = keys.at[rows[:, None], :, :, positions].set(key.astype(keys.dtype), mode="drop")
     values = values.at[rows[:, None], :, positions].set(value.astype(values.dtype), mode="drop")
     held_keys = keys[:, :, :, :seen].at[rows].get(mode="clip")
     held_values = values[:, :, :seen].at[rows].get(mode="clip")
-    query = query.reshape(lines, width, kv_heads, heads // kv_heads, dim)
+    query = query.reshape(lines, length, kv_heads, heads // kv_heads, dim)
+    last_seen = positions if asked is None else (start + asked)[:, None] + jnp.arange(length)
     done = []
-    for begin in range(0, width, 128):  # bounds the memory of the scores
-        block, allowed = query[:, begin : begin + 128], positions[:, begin : begin + 128, None]
+    for begin in range(0, length, 128):  # bounds the memory of the scores
+        block, allowed = query[:, begin : begin + 128], last_seen[:, begin : begin + 128, None]
         scores = dot("rtkgd,rkds->rkgts", block, held_keys, jnp.float32) * dim**-0.5
         scores = jnp.where((jnp.arange(seen) <= allowed)[:, None, None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
@@ -135,16 +138,16 @@ def appender(batch: int, past: int | None, mesh):
     if mesh is None:
         return append
 
-    def local(query, key, value, keys, values, rows, start):
+    def local(query, key, value, keys, values, rows, *places):
         mine = jnp.where(rows < batch, rows % len(keys), len(keys))
-        return append(query, key, value, keys, values, mine, start)
+        return append(query, key, value, keys, values, mine, *places)
 
     lines, cache, row = (
         named_sharding(mesh, *axes).spec
         for axes in (("batch", "length", "kv_heads"), ("batch", "kv_heads"), ("batch",))
     )
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(lines, lines, lines, cache, cache, row, row), out_specs=(lines, cache, cache)
+        local, mesh=mesh, in_specs=(lines, lines, lines, cache, cache, row, row, row), out_specs=(lines, cache, cache)
     )
 
 

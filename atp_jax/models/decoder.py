@@ -143,7 +143,9 @@ class Decoder(nnx.Module):
         cut = [jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, worn)) for index in range(self.config.num_layers)]
         return [(nnx.merge(graph, params), worn) for params, worn in cut]
 
-    def extend(self, tokens, start, cache: KVCache, *, rows=None, past=None, mesh=None, lora=None, adapter=None):
+    def extend(
+        self, tokens, start, cache: KVCache, *, rows=None, past=None, asked=None, mesh=None, lora=None, adapter=None
+    ):
         """Hidden states of new tokens that continue what the cache holds: a prompt, or what is appended to it.
 
         tokens int32 [R, T], start int32 [R], rows int32 [R]: token t of line r belongs to row rows[r] of the cache and
@@ -153,8 +155,9 @@ class Decoder(nnx.Module):
         and is overwritten by later ones.
         rows: each at most once; lines of no row (as large as the cache's B) come last and their states mean nothing;
         None: all rows in order. past: no row starts behind it (None: the cache's size), so that less is looked at.
-        mesh: over which the cache lies; line r then belongs to a row of the r-th of its parts. lora, adapter [R]: what
-        the lines wear, see `_adapt`.
+        asked int32 [R]: the hidden state of this new token alone is wanted, [R, 1, H]; of the others the last layer
+        computes only keys and values. None: all are wanted. mesh: over which the cache lies; line r then belongs to a
+        row of the r-th of its parts. lora, adapter [R]: what the lines wear, see `_adapt`.
         """
         if rows is None:
             rows = jnp.arange(len(tokens), dtype=jnp.int32)
@@ -163,8 +166,12 @@ class Decoder(nnx.Module):
         x, keys, values = self._embed(tokens), [], []
         for index, (one, worn) in enumerate(self.apart(lora)):
             adapt = _adapt(lora, adapter, worn)
-            new = one.projections(x, positions, adapt)
-            attended, key, value = append(*new, cache.keys[index], cache.values[index], rows, start)
+            query, *new = one.projections(x, positions, adapt)
+            here = None  # queries for all new tokens
+            if asked is not None and index == self.config.num_layers - 1:
+                x, at = (jnp.take_along_axis(y, asked[:, None, None], axis=1) for y in (x, positions[..., None]))
+                here, (query, _, _) = asked, one.projections(x, at[..., 0], adapt)
+            attended, key, value = append(query, *new, cache.keys[index], cache.values[index], rows, start, here)
             keys.append(key)
             values.append(value)
             x = one.finish(x, attended, adapt)

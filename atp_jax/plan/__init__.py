@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from atp_jax.errors import UserError
+from atp_jax.generate.engine import CACHES
 from atp_jax.models import huggingface
 from atp_jax.models.config import DecoderConfig
 from atp_jax.parallel import make_mesh, row_shards
@@ -213,8 +214,7 @@ class _Planner:
         each = held["cache"] / (found.rows // self.shards)
 
         def fits(free: float) -> int:
-            # A cache that grows lies in memory twice for a moment, at two thirds and at its new size.
-            return math.floor(max(0, 0.6 * (free + held["cache"])) / each) * self.shards
+            return math.floor(max(0, CACHES * (free + held["cache"])) / each) * self.shards
 
         work = f"{found.rows} rows of {prompt:,} + {new:,} tokens, caches of {found.positions:,} positions"
         return Stage(name, work, held, steps, {"rows": fits})
