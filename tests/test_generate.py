@@ -274,6 +274,22 @@ def batches(monkeypatch):
         yield seen
 
 
+@contextlib.contextmanager
+def sizes(monkeypatch):
+    """Of every chunk that is decoded: rows, positions of their caches, and groups that share a prompt."""
+    seen = []
+
+    def spy(weights, state, *arguments, **static):
+        groups = 0 if state.shared is None else len(state.shared.length)
+        seen.append((len(state.length), state.cache.values[0].shape[2], groups))
+        return original(weights, state, *arguments, **static)
+
+    original = engines.decode_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "decode_chunk", spy)
+        yield seen
+
+
 def test_prompts_that_wait_for_a_free_row_are_answered_as_all_at_once(model, new_engine, monkeypatch):
     """Six prompts through three rows; through as many as fit a memory in which a row must give way when the others'
     caches grow, and comes back with what it had answered."""
@@ -503,6 +519,50 @@ def test_the_cache_is_updated_in_place(new_engine):
     assert all(array.is_deleted() for array in jax.tree.leaves(before.cache))
 
 
+GROUPS = [4 * [prompt] for prompt in text(21, 70, 131, 9)]
+
+
+@pytest.mark.parametrize("short", [6, 70])
+def test_groups_that_share_their_prompts_are_answered_as_rows_with_copies(new_engine, monkeypatch, short):
+    """Round after round, with settings of their own; all members as long as one another, or two that go on alone, in
+    rows that share nothing. The caches of answers grow with these, and none holds a prompt."""
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    monkeypatch.setattr(engines, "FEWEST", 4)
+    first = sum(GROUPS, [])
+    asked = [dataclasses.replace(MIXED[row % 5], max_new_tokens=70 if row in (3, 8) else short) for row in range(12)]
+    found = {}
+    for shared in (1, 10**6):
+        monkeypatch.setattr(engines, "SHARED", shared)
+        engine, prompts = new_engine(), first
+        with sizes(monkeypatch) as seen:
+            answers = engine.generate(prompts, asked, streams(*range(12)))
+            prompts = [p + list(a.tokens) + [1, 2] for p, a in zip(prompts, answers, strict=True)]
+            found[shared] = answers + engine.generate(prompts, MIXED[0], streams(*range(12), round=2))
+        alone = [(2, 96, 0), (2, 128, 0), (2, 128, 0), (2, 192, 0), (12, 192, 0)]
+        together = [*3 * [(12, 64, 3)], (12, 96, 3), (12, 256, 0)]
+        assert shared > 1 or seen == [(12, 64, 3), *(together if short == 70 else alone)]
+    assert_same(found[1], found[10**6])
+
+
+def test_what_follows_is_answered_the_same_where_prompts_were_shared(new_engine, monkeypatch):
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    found = []
+
+    def follow(place, answer):
+        if place >= 12:
+            return []
+        followed.append(place)
+        return [Next(first[place] + list(answer.tokens) + [1, 2], (5, 0, place, 0, 2), after=place)]
+
+    first = sum(GROUPS, [])
+    for shared in (1, 10**6):
+        monkeypatch.setattr(engines, "SHARED", shared)
+        followed = []
+        answers = new_engine({3, 11}).generate(first, Sampling(max_new_tokens=40), streams(*range(12)), follow=follow)
+        found.append(answers[:12] + [answers[12 + followed.index(place)] for place in range(12)])
+    assert_same(*found)
+
+
 def test_a_cache_that_moves_lies_in_memory_twice_for_one_layer_alone(monkeypatch):
     """While it grows, and while its rows are taken; and not at all where the old one goes on."""
     layers, rows, size = 6, 4, 64
@@ -568,6 +628,7 @@ import jax
 import small_models
 import test_generate as t
 from atp_jax import parallel
+from atp_jax.generate import engine as engines
 from atp_jax.generate.engine import Engine
 
 assert jax.device_count() == 8
@@ -580,9 +641,14 @@ for name, sizes in {"one": None, "data": (8, 1, 1), "all": (2, 2, 2)}.items():
     first = engine.generate(prompts, (t.MIXED * 3)[:11], t.streams(*range(11)))
     prompts = [p + list(a.tokens) + [7, 8] for p, a in zip(prompts, first, strict=True)]
     answers[name] = first + engine.generate(prompts, (t.MIXED * 3)[:11], t.streams(*range(11), round=2))
-    assert engine._state.cache.keys[0].sharding.is_equivalent_to(
-        parallel.named_sharding(mesh, "batch", "kv_heads", "length", "head_dim"), 4
-    )
+    engines.SHARED = 1
+    groups = [prompt for prompt in t.text(22, *range(3, 11)) for _ in range(2)]
+    answers[name] += engine.generate(groups, (t.MIXED * 4)[:16], t.streams(*range(16), round=3))
+    assert len(engine._state.shared.length) == 8
+    for cache in (engine._state.cache, engine._state.shared.cache):
+        assert cache.keys[0].sharding.is_equivalent_to(
+            parallel.named_sharding(mesh, "batch", "kv_heads", "length", "head_dim"), 4
+        )
 t.assert_same(answers["data"], answers["one"])
 t.assert_same(answers["all"], answers["one"])
 print("the same on 8 devices")
@@ -590,7 +656,8 @@ print("the same on 8 devices")
 
 
 def test_eight_devices_draw_the_same_tokens_as_one():
-    """Rows over 8 devices, and rows, weights and heads over 2 x 2 x 2; two rounds with the cache kept."""
+    """Rows over 8 devices, and rows, weights and heads over 2 x 2 x 2; two rounds with the cache kept; pairs
+    of rows that share a prompt."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",

@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small_models
+from flax import nnx
 
 from atp_jax import parallel, plan
 from atp_jax.align.trainable import partition
 from atp_jax.align.update import init_state, make_optimiser
 from atp_jax.errors import UserError
+from atp_jax.generate import engine
 from atp_jax.generate.engine import empty_state
+from atp_jax.generate.sampling import Sampling
 from atp_jax.models import huggingface, lora, peft
+from atp_jax.models.decoder import Decoder
 from atp_jax.plan import programs
 from atp_jax.plan.chips import CHIPS, read_device
 from atp_jax.plan.collectives import Collective, read_collectives
@@ -115,12 +119,13 @@ def test_a_whole_answer_of_tool_use_is_planned_with():
     )  # fmt: skip
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan._Planner, "grpo", lambda self, prompt, new: asked.append((prompt, new)) or [])
+        patch.setattr(plan._Planner, "grpo", lambda self, *about: asked.append(about) or [])
         patch.setattr(plan._Planner, "sampling", lambda *_: None)
         for testbed, context in (("tool_use", 1024), ("tool_use", 200), ("role_play", 1024)):
             config = dataclasses.replace(CONFIG, max_position_embeddings=context)
             plan.make_plan(dataclasses.replace(settings, testbed=testbed), config, one_device(), False)
-    assert asked == [(64, 3 * 40 + 2 * 50), (64, 200 - 64), (64, 40)]
+    # Members of a group share their prompt, unless what a tool says comes in between.
+    assert asked == [(64, 3 * 40 + 2 * 50, 1), (64, 200 - 64, 1), (64, 40, 2)]
 
 
 def test_an_adapter_that_is_worn_from_the_start_is_planned_with(tmp_path):
@@ -154,6 +159,26 @@ def test_planned_bytes_of_a_cache_are_those_of_the_cache():
     state = empty_state(CONFIG, found.rows, found.positions, jnp.dtype("float32"), mesh)
     assert (found.rows, found.positions) == (6, 64)
     assert programs.device_bytes(found.state) == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_planned_bytes_of_groups_that_share_their_prompts_are_those_in_the_engine(monkeypatch):
+    """At the end of long answers: three prompts once, and what each of twelve rows said."""
+    mesh, seen, original = one_device(), [], engine.decode_chunk
+    config = dataclasses.replace(CONFIG, max_position_embeddings=256)
+    params, given = nnx.state(Decoder(config, rngs=nnx.Rngs(0))), programs.model(config, "float32", mesh)
+
+    def spy(weights, state, *arguments, **static):
+        seen.append(sum(x.nbytes for x in jax.tree.leaves(state)))
+        return original(weights, state, *arguments, **static)
+
+    monkeypatch.setattr(engine, "decode_chunk", spy)
+    prompts = [[index] * 130 for index in range(3) for _ in range(4)]
+    asked = Sampling(max_new_tokens=100), [(0, 0, row, 0, 1) for row in range(12)]
+    engine.Engine(config, params, (), mesh).generate(prompts, *asked)
+    found, apart = (programs.sampling(given, 12, 130, 100, group) for group in (4, 1))
+    assert programs.device_bytes(found.state) == seen[-1] == max(seen)
+    assert seen[-1] < 0.7 * programs.device_bytes(apart.state)
+    assert 4 * found.tokens == apart.tokens
 
 
 def test_products_are_counted_loops_and_recomputation_with_them():

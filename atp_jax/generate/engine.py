@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from atp_jax.compilations import make_room
 from atp_jax.errors import UserError
 from atp_jax.generate.sampling import Sampling, sample, stream_key, token_keys
-from atp_jax.models.cache import KVCache, init_cache
+from atp_jax.models.cache import KVCache, Shared, init_cache
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora
@@ -36,6 +36,7 @@ SHRINK, FEWEST = 4, 16  # a batch of more than 16 rows shrinks when only a quart
 PREFILL_TOKENS = {"cpu": 2**12, "other": 2**14}
 NARROWEST, WIDEST = 16, 1024  # new tokens of a row in one prefill step
 SMALLEST_CACHE = 64  # positions
+SHARED = 128  # tokens from which on groups of rows share their prompt; copies of a shorter one are read as quickly
 # Of the memory for caches, what a batch may fill: a quarter of its rows may be decoded on in a copy (SHRINK), and while
 # a cache moves to another size one layer of it lies in memory twice.
 CACHES = 0.75
@@ -48,12 +49,13 @@ class State(struct.PyTreeNode):
         cache      | this row's own tokens  | rubbish, never attended to       |
 
     The last of the row's own tokens stands at length - 1, and `hidden` is what the model made of it: the next token
-    is drawn from head(hidden).
+    is drawn from head(hidden). Where groups of rows share their prompts the cache holds only what comes behind these.
     """
 
     cache: KVCache
     hidden: jax.Array  # [B, H] in the parameters' dtype
     length: jax.Array  # int32 [B]
+    shared: Shared | None = None
 
 
 class Weights(struct.PyTreeNode):
@@ -131,11 +133,11 @@ def _taken(arrays, source: jax.Array, *, mesh):
     return pin(jax.tree.map(lambda x: x[source], arrays), mesh)
 
 
-def _moved(cache: KVCache, move: Callable, keep: bool) -> KVCache:
-    """move: (keys, values) of a layer -> those of the new cache. Layer by layer, and unless the old cache is kept it
-    goes as the new one comes: no more than one layer lies in memory twice."""
+def _moved(layers: Iterable[tuple[jax.Array, ...]], move: Callable, keep: bool) -> KVCache:
+    """A cache made layer by layer. move: what there was of a layer -> its (keys, values). Unless that is kept it goes
+    as the new cache comes: no more than one layer lies in memory twice."""
     made = []
-    for old in zip(cache.keys, cache.values, strict=True):
+    for old in layers:
         made.append(jax.block_until_ready(move(*old)))
         for array in () if keep else old:
             array.delete()
@@ -143,17 +145,53 @@ def _moved(cache: KVCache, move: Callable, keep: bool) -> KVCache:
     return KVCache(keys, values)
 
 
+def _layers(*held: KVCache) -> Iterable[tuple[jax.Array, ...]]:
+    return zip(*(side for cache in held for side in (cache.keys, cache.values)), strict=True)
+
+
 def resize(cache: KVCache, size: int, *, mesh, keep: bool = False) -> KVCache:
     """The same cache with `size` positions: zeros are added, or the last positions cut off. The old one is gone
     afterwards, unless it is kept."""
-    return _moved(cache, functools.partial(_resized, size=size, mesh=mesh), keep)
+    return _moved(_layers(cache), functools.partial(_resized, size=size, mesh=mesh), keep)
 
 
 def take(state: State, source: jax.Array, *, mesh, keep: bool = False) -> State:
     """The state whose row b is row source[b] of this one, whose cache is gone afterwards, unless it is kept."""
-    cache = _moved(state.cache, lambda *layer: _taken(layer, source, mesh=mesh), keep)
+    cache = _moved(_layers(state.cache), lambda *layer: _taken(layer, source, mesh=mesh), keep)
     hidden, length = _taken((state.hidden, state.length), source, mesh=mesh)
     return State(cache, hidden, length)
+
+
+def share(prompts: State, source: jax.Array, size: int, *, config: DecoderConfig, mesh) -> State:
+    """A state whose row b shares row source[b] of this one and has `size` positions of its own."""
+    own = empty_state(config, len(source), size, prompts.hidden.dtype, mesh).cache
+    begin = _taken((prompts.hidden, prompts.length), source, mesh=mesh)
+    return State(own, *begin, Shared(prompts.cache, prompts.length))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "mesh"))
+def _spread(keys, values, first_keys, first_values, first_length, source: jax.Array, *, size: int, mesh):
+    """A layer's keys and values for the rows source [R] of groups, each with all that it holds in one piece."""
+    groups = source // (len(keys) // len(first_keys))
+
+    def one(own, first, axis):
+        # Of its own part only the beginning is filled, the rest may lie behind the new cache's end.
+        room = max(size + own.shape[axis] - first.shape[axis], 0)
+        whole = jnp.pad(first[groups], [(0, room if i == axis else 0) for i in range(4)])
+        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1))
+        return jax.lax.slice_in_dim(put(whole, own[source], first_length[groups]), 0, size, axis=axis)
+
+    return pin((one(keys, first_keys, 3), one(values, first_values, 2)), mesh)
+
+
+def spread(state: State, source: jax.Array, size: int, *, mesh, keep: bool = False) -> State:
+    """`take` for a state whose groups share their prompts -> rows that share nothing, with `size` positions."""
+    length = state.shared.length
+    cache = _moved(
+        _layers(state.cache, state.shared.cache),
+        lambda *layer: _spread(*layer, length, source, size=size, mesh=mesh), keep,
+    )  # fmt: skip
+    return State(cache, *_taken((state.hidden, state.length), source, mesh=mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("past", "graphdef", "mesh"), donate_argnames="state")
@@ -202,9 +240,10 @@ def decode_chunk(weights: Weights, state: State, asked: Asked, few: jax.Array, n
         )
         # A row that is done writes behind its end, which nobody attends to.
         hidden, cache = decoder.decode(
-            token, state.length, state.cache, lora=weights.lora, adapter=weights.adapter, layers=layers
-        )
-        state = pin(State(cache, hidden, state.length + ~done), mesh)
+            token, state.length, state.cache, shared=state.shared, lora=weights.lora, adapter=weights.adapter,
+            layers=layers,
+        )  # fmt: skip
+        state = pin(State(cache, hidden, state.length + ~done, state.shared), mesh)
         produced = produced + ~done
         done = done | jnp.any(token[:, None] == asked.stop, axis=-1) | (produced >= asked.budget)
         tokens, log_probs = tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
@@ -306,17 +345,23 @@ class Engine:
             lengths[: len(texts)] = kept
             state = self._append(weights, state, lengths, dict(enumerate(texts)))
         else:
-            # Rows that start alike (a GRPO group, the agents of a game) are computed once and copied.
+            # Rows that start alike (a GRPO group, the agents of a game) are computed once.
             state = None  # its memory is free for the rows that are computed
-            few = self._rows(len(alike))
+            few, place = self._rows(len(alike)), {one: index for index, one in enumerate(alike)}
             weights = self._weights(few, None if adapter is None else [one for _, one in alike])
+            source = np.zeros(rows, np.int32)
+            source[: len(texts)] = [place[tuple(text), one] for text, one in zip(texts, worn, strict=True)]
+            longest = max(map(len, texts))
+            together = longest >= SHARED and rows % few == 0 and (source == np.arange(rows) * few // rows).all()
+            if together:
+                size, own = bucket(longest, steps=2, smallest=SMALLEST_CACHE), self._cache_size([0], [budgets.max()])
             nothing = empty_state(self.config, few, size, self._dtype, self.mesh)
             apart = {row: list(text) for row, (text, _) in enumerate(alike)}
             filled = self._append(weights, nothing, np.zeros(few, np.int32), apart)
-            place = {one: index for index, one in enumerate(alike)}
-            source = np.zeros(rows, np.int32)
-            source[: len(texts)] = [place[tuple(text), one] for text, one in zip(texts, worn, strict=True)]
-            state = take(filled, self._put(source), mesh=self.mesh)
+            if together:  # groups of one size, one after another, as in GRPO: they share what was read
+                state = share(filled, self._put(source), own, config=self.config, mesh=self.mesh)
+            else:
+                state = take(filled, self._put(source), mesh=self.mesh)
         self._state, self._prompts, self._worn = state, texts, worn
         return places
 
@@ -407,10 +452,17 @@ class Engine:
             places += resting[: want - len(places)]
             source = np.zeros(want, np.int32)
             source[: len(places)] = places
+            held = [held[row] for row in places] + [-1] * (want - len(places))
+            if state.shared is not None:
+                return spread(state, self._put(source), size, mesh=self.mesh, keep=keep), held
             if waiting and size < state.cache.keys[0].shape[3]:  # first, for there may be no room for more rows so long
                 state = state.replace(cache=resize(state.cache, size, mesh=self.mesh, keep=keep))
             state = take(state, self._put(source), mesh=self.mesh, keep=keep)
-            held = [held[row] for row in places] + [-1] * (want - len(places))
+        if state.shared is not None and waiting:
+            return spread(state, self._put(np.arange(have, dtype=np.int32)), size, mesh=self.mesh), held
+        if state.shared is not None:
+            drawn = [len(wanted.tokens[one]) for one in alive]
+            size = self._cache_size(drawn, [wanted.budgets[one] - done for one, done in zip(alive, drawn, strict=True)])
         if size > state.cache.keys[0].shape[3]:
             state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
         return state, held
@@ -566,6 +618,8 @@ class Engine:
         state, old, self._state, self._prompts = self._state, self._prompts, None, []
         if state is None or state.length.shape[0] != rows:
             return empty_state(self.config, rows, size, self._dtype, self.mesh), []
+        if state.shared is not None:
+            return spread(state, self._put(np.arange(rows, dtype=np.int32)), size, mesh=self.mesh), old
         if state.cache.keys[0].shape[3] != size:
             state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
         return state, old

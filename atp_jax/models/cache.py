@@ -29,6 +29,16 @@ class KVCache(struct.PyTreeNode):
     values: tuple[jax.Array, ...]
 
 
+class Shared(struct.PyTreeNode):
+    """What the rows of a batch hold in common, group by group: row b of B begins with row b // (B / P) of P.
+
+    The rows' own cache holds what comes behind that.
+    """
+
+    cache: KVCache
+    length: jax.Array  # int32 [P]
+
+
 def init_cache(config: DecoderConfig, batch: int, size: int, dtype=jnp.float32) -> KVCache:
     """An empty cache of `size` positions for `batch` rows."""
     rows = (batch, config.num_kv_heads)
@@ -162,13 +172,47 @@ def write(keys, values, key, value, positions):
 
 def attend(query, keys, values, positions):
     """One query a row sees the positions up to its own, as in decoding: query [B, N, D], positions [B] -> [B, N, D]."""
+    return _merged([_seen(query, keys, values, positions + 1)], values.dtype)
+
+
+def attend_in_groups(query, keys, values, positions, shared: Shared, layer: int):
+    """The same where groups of rows hold the first part of what they see in common: positions are those in the rows'
+    own cache. The queries of a group are one product with what it shares, which is read once; the two parts of the
+    softmax are merged by their logarithms' sums (FlashDecoding's way, in float32)."""
+    rows, heads, dim = query.shape
+    held_keys, held_values = shared.cache.keys[layer], shared.cache.values[layer]
+    groups, kv_heads = held_keys.shape[:2]
+    # [P, heads of the group's rows that read the same key head, D], as if they were one row's
+    together = query.reshape(groups, -1, kv_heads, heads // kv_heads, dim).swapaxes(1, 2).reshape(groups, -1, dim)
+    first = [
+        x.reshape(groups, kv_heads, rows // groups, heads // kv_heads, -1).swapaxes(1, 2).reshape(rows, heads, -1)
+        for x in _seen(together, held_keys, held_values, shared.length)
+    ]
+    return _merged([first, _seen(query, keys, values, positions + 1)], values.dtype)
+
+
+def _seen(query, keys, values, count):
+    """What queries [B, N, D] see of the first count [B] positions: the weighted values [B, N, D], the largest score and
+    the sum of weights, both [B, N, 1], all float32."""
     rows, heads, dim = query.shape
     query = query.reshape(rows, keys.shape[1], -1, dim)
     scores = dot("bkgd,bkds->bkgs", query, keys, jnp.float32) * dim**-0.5
-    scores = jnp.where((jnp.arange(keys.shape[3]) <= positions[:, None])[:, None, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    scores = jnp.where((jnp.arange(keys.shape[3]) < count[:, None])[:, None, None], scores, -jnp.inf)
+    most = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - most)
     attended = dot("bkgs,bksd->bkgd", weights.astype(values.dtype), values, jnp.float32)
-    return (attended / weights.sum(-1, keepdims=True)).astype(values.dtype).reshape(rows, heads, dim)
+    return [x.reshape(rows, heads, -1) for x in (attended, most, weights.sum(-1, keepdims=True))]
+
+
+def _merged(parts, dtype):
+    """One softmax of several parts, each as `_seen` gives it. -> [B, N, D]"""
+    if len(parts) == 1:
+        (attended, _, total), = parts
+        return (attended / total).astype(dtype)
+    most = functools.reduce(jnp.maximum, (part[1] for part in parts))
+    scales = [jnp.exp(part[1] - most) for part in parts]
+    attended, total = (sum(part[i] * scale for part, scale in zip(parts, scales, strict=True)) for i in (0, 2))
+    return (attended / total).astype(dtype)
 
 
 def dot(spec: str, a, b, dtype):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from atp_jax.models import cache as caches
 from atp_jax.models.attention import ATTENDED, attend_behind, attend_causally
-from atp_jax.models.cache import KVCache, dot
+from atp_jax.models.cache import KVCache, Shared, dot
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.lora import Lora, delta
 from atp_jax.models.rope import rotate
@@ -177,20 +177,29 @@ class Decoder(nnx.Module):
             x = one.finish(x, attended, adapt)
         return _rms_norm(x, self.norm, self.config.rms_norm_eps), KVCache(tuple(keys), tuple(values))
 
-    def decode(self, tokens, positions, cache: KVCache, *, lora: Lora | None = None, adapter=None, layers=None):
+    def decode(
+        self, tokens, positions, cache: KVCache, *, shared: Shared | None = None, lora=None, adapter=None, layers=None
+    ):
         """Hidden states of one new token a row: tokens, positions int32 [B] -> ([B, H] after the last norm, the cache).
 
-        The same as `extend` with one token, for all rows at once. layers: `apart(lora)`, where it was made before.
+        The same as `extend` with one token, for all rows at once. shared: what stands before the rows' own cache.
+        layers: `apart(lora)`, where it was made before.
         """
-        at = positions[:, None]
+        at, own = positions[:, None], positions
+        if shared is not None:
+            own = positions - jnp.repeat(shared.length, len(positions) // len(shared.length))
         x, keys, values = self._embed(tokens[:, None]), [], []
         for index, (one, worn) in enumerate(layers or self.apart(lora)):
             adapt = _adapt(lora, adapter, worn)
             query, key, value = one.projections(x, at, adapt)
-            held = caches.write(cache.keys[index], cache.values[index], key[:, 0], value[:, 0], positions)
+            held = caches.write(cache.keys[index], cache.values[index], key[:, 0], value[:, 0], own)
             keys.append(held[0])
             values.append(held[1])
-            x = one.finish(x, caches.attend(query[:, 0], *held, positions)[:, None], adapt)
+            if shared is None:
+                attended = caches.attend(query[:, 0], *held, own)
+            else:
+                attended = caches.attend_in_groups(query[:, 0], *held, own, shared, index)
+            x = one.finish(x, attended[:, None], adapt)
         return _rms_norm(x, self.norm, self.config.rms_norm_eps)[:, 0], KVCache(tuple(keys), tuple(values))
 
     def head(self, hidden):

@@ -109,7 +109,8 @@ def make_plan(settings: Settings, config: DecoderConfig, mesh, collectives: bool
         new, tool = align.grpo.max_new_tokens or longest, settings.tool
         if settings.testbed == "tool_use":  # a call in each turn but the last, and what it gives back
             new = (tool.max_calls + 1) * new + tool.max_calls * tool.output
-        stages += planner.grpo(prompt, min(new, context - prompt))
+        once = settings.testbed != "tool_use" and align.grpo.rounds == 1  # members of a group go no further
+        stages += planner.grpo(prompt, min(new, context - prompt), align.grpo.group if once else 1)
     bed = testbed(settings)
     episodes = len(bed.scenarios(settings)) * settings.evolve.samples
     agents = settings.game.agents if settings.testbed == "threshold_game" else 1
@@ -175,18 +176,19 @@ class _Planner:
         together = f"align.rows={self.align.rows or f'{rows * self.shards} at the least, as many as fit'}"
         return Stage(f"{name} update", f"{work}; {together}", held, [step], {"align.rows": fits})
 
-    def grpo(self, prompt: int, new: int) -> list[Stage]:
+    def grpo(self, prompt: int, new: int, group: int) -> list[Stage]:
+        """group: answers that share their prompt while they are drawn."""
         grpo = self.align.grpo
         train = self._update("grpo", self.config, self.dtype, self.mesh, self.align, prompt, new)
         held = {kind: programs.device_bytes(tree) for kind, tree in train.held.items()}
-        draw = self.sampling("grpo draw", grpo.prompts * grpo.group, prompt, new, held)
+        draw = self.sampling("grpo draw", grpo.prompts * grpo.group, prompt, new, held, group)
         # What was sampled from stays while the update runs.
         kept = {kind: size for kind, size in draw.held.items() if kind == "sampled from"}
         return [draw, self.training("grpo", prompt, new, kept)]
 
-    def sampling(self, name: str, rows: int, prompt: int, new: int, others: dict) -> Stage:
+    def sampling(self, name: str, rows: int, prompt: int, new: int, others: dict, group: int = 1) -> Stage:
         model = self._model(self.config, self.mesh)
-        found = programs.sampling(model, rows, prompt, new)
+        found = programs.sampling(model, rows, prompt, new, group)
         held = {"parameters": programs.device_bytes(model.params)} | others
         if "trained" not in others and model.lora is not None:
             held["adapter"] = programs.device_bytes(model.lora)
@@ -199,7 +201,7 @@ class _Planner:
         held["cache"] = programs.device_bytes(found.state)
 
         def made(config: DecoderConfig, mesh, rows: int) -> programs.Sampling:
-            return programs.sampling(self._model(config, mesh), rows, prompt, new)
+            return programs.sampling(self._model(config, mesh), rows, prompt, new, group)
 
         steps, share = [], -(-rows // self.shards)
         for kind, tokens in (("prefill", found.tokens), ("decode", found.rows)):

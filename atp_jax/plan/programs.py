@@ -21,6 +21,7 @@ from atp_jax.align.update import TrainState, make_optimiser, make_update, micro_
 from atp_jax.generate import engine
 from atp_jax.model import Model
 from atp_jax.models import lora as adapters
+from atp_jax.models.cache import Shared
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.parallel import named_sharding, param_shardings, row_shards
@@ -105,17 +106,29 @@ def model(config: DecoderConfig, dtype, mesh, lora: LoraSettings | None = None) 
     return dataclasses.replace(found, lora=shaped(made, adapters.shardings(made, mesh)))
 
 
-def sampling(given: Model, rows: int, prompt: int, new: int) -> Sampling:
-    """Answers of up to `new` tokens to `rows` prompts of `prompt` tokens, at their longest."""
+def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> Sampling:
+    """Answers of up to `new` tokens to `rows` prompts of `prompt` tokens, at their longest; `group` of them to each."""
     mesh = given.mesh
     given = dataclasses.replace(given, params=whole_along_fsdp(given.params), lora=whole_along_fsdp(given.lora))
     shards = row_shards(mesh)
-    rows = engine.bucket(rows, steps=4, smallest=1, multiple=shards)
+    few, rows = (engine.bucket(n, steps=4, smallest=1, multiple=shards) for n in (rows // group, rows))
     positions = engine.bucket(prompt + new, steps=2, smallest=engine.SMALLEST_CACHE)
     dtype = jnp.dtype(given.dtype)
-    asked_for = (given.config, rows, positions, dtype, mesh)
-    empty = engine.empty_state.lower(*asked_for)
-    state = shaped(jax.eval_shape(lambda: engine.empty_state(*asked_for)), empty.compile().output_shardings)
+
+    def empty(rows: int, positions: int) -> engine.State:
+        asked_for = (given.config, rows, positions, dtype, mesh)
+        shardings = engine.empty_state.lower(*asked_for).compile().output_shardings
+        return shaped(jax.eval_shape(lambda: engine.empty_state(*asked_for)), shardings)
+
+    if group > 1 and prompt >= engine.SHARED and few * group == rows:
+        prompts, own = (
+            empty(n, engine.bucket(tokens, steps=2, smallest=engine.SMALLEST_CACHE))
+            for n, tokens in ((few, prompt), (rows, new))
+        )
+        state = own.replace(shared=Shared(prompts.cache, prompts.length))
+    else:
+        few, state = rows, empty(rows, positions)
+        prompts = state
     weights = engine.Weights(given.params, given.lora)
     whole, by_row = named_sharding(mesh), named_sharding(mesh, "batch")
 
@@ -125,9 +138,9 @@ def sampling(given: Model, rows: int, prompt: int, new: int) -> Sampling:
     graphdef, _ = abstract(given.config)
     static = {"graphdef": graphdef, "mesh": mesh}
     width = min(engine.bucket(min(prompt, engine.WIDEST), steps=2, smallest=engine.NARROWEST), positions)
-    lines = min(rows // shards, max(1, engine.PREFILL_TOKENS["other"] // width)) * shards
+    lines = min(few // shards, max(1, engine.PREFILL_TOKENS["other"] // width)) * shards
     prefill = Program(
-        engine.prefill_chunk, (weights, state, row(lines), row(lines, width), row(lines)),
+        engine.prefill_chunk, (weights, prompts, row(lines), row(lines, width), row(lines)),
         static | {"past": 0},
     )  # fmt: skip
     asked = engine.Asked(
