@@ -65,9 +65,9 @@ def logits(graphdef, params, tokens, lengths):
 
 
 @jax.jit(static_argnums=(0, 5))
-def extend(graphdef, params, tokens, start, cache, mesh=None):
-    """Hidden states [B, T, H] of what continues the cache, and the new cache."""
-    return nnx.merge(graphdef, params).extend(tokens, start, cache, mesh=mesh)
+def extend(graphdef, params, tokens, start, cache, mesh=None, asked=None):
+    """Hidden states [B, T, H] of what continues the cache (those asked for: [B, 1, H]), and the new cache."""
+    return nnx.merge(graphdef, params).extend(tokens, start, cache, mesh=mesh, asked=asked)
 
 
 @jax.jit(static_argnums=0)

@@ -8,6 +8,7 @@ from atp_jax.benchmarks.machine import Rates
 from atp_jax.benchmarks.work import must_read, prefill_flops
 from atp_jax.errors import UserError
 from atp_jax.model import load_model
+from atp_jax.policies.model import ModelPolicy
 
 
 def test_the_test_model_is_what_the_benchmarks_are_about(tmp_path):
@@ -31,7 +32,10 @@ def test_both_measure_every_phase():
     assert (result["batch"], result["prompt"], result["new"]) == (2, 20, 3)
     assert not {"roofline", "prefill_mfu", "peak_gb", "peer_s"} & result.keys()
     for freely in (False, True):
-        result = role_play.measure(model, "", items=2, rounds=2, new=3, freely=freely, peer=None, each=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(ModelPolicy, "answer" if freely else "pursue")  # the other is what is measured
+            result = role_play.measure(model, "", items=2, rounds=2, new=3, freely=freely, peer=None, each=False)
+        assert result["freely"] == freely
         assert [one["round"] for one in result["by_round"]] == [1, 2]
         for one in result["by_round"]:
             assert one["prefill_s"] > 0 and one["decode_s"] > 0

@@ -23,6 +23,7 @@ from atp_jax.generate import engine as engines
 from atp_jax.generate import sampling as samplers
 from atp_jax.generate.engine import Engine, Next, bucket, common_prefix
 from atp_jax.generate.sampling import Sampling
+from atp_jax.models import lora
 from atp_jax.models.cache import KVCache
 
 HERE = Path(__file__).resolve().parent
@@ -520,6 +521,7 @@ def test_the_cache_is_updated_in_place(new_engine):
 
 
 GROUPS = [4 * [prompt] for prompt in text(21, 70, 131, 9)]
+GROUPS[2] = GROUPS[0]  # two that happen to be the same
 
 
 @pytest.mark.parametrize("short", [6, 70])
@@ -544,23 +546,60 @@ def test_groups_that_share_their_prompts_are_answered_as_rows_with_copies(new_en
     assert_same(found[1], found[10**6])
 
 
-def test_what_follows_is_answered_the_same_where_prompts_were_shared(new_engine, monkeypatch):
+@pytest.mark.parametrize("rest", [False, True])
+def test_what_follows_is_answered_the_same_where_prompts_were_shared(new_engine, monkeypatch, rest):
+    """Also where the rows with long prompts rest until the others have gone on: nothing of them is cut off."""
     monkeypatch.setattr(engines, "CHUNK", 16)
-    found = []
+    monkeypatch.setattr(engines, "FEWEST", 100)
+    found, first = [], [prompt for prompt in text(23, 300, 30, 20) for _ in range(4)]
 
     def follow(place, answer):
-        if place >= 12:
-            return []
-        followed.append(place)
-        return [Next(first[place] + list(answer.tokens) + [1, 2], (5, 0, place, 0, 2), after=place)]
+        complete[place] = answer
+        ready = [place] if place < 12 else []
+        if rest:  # the short ones go on when all are complete, the long ones when the short ones are again
+            ready = {12: range(4, 12), 20: range(4)}.get(len(complete), [])
+        followed.extend(ready)
+        return [Next(first[one] + list(complete[one].tokens) + [1, 2], (5, 0, one, 0, 2), after=one) for one in ready]
 
-    first = sum(GROUPS, [])
+    stop, asked = set(range(16)), Sampling(max_new_tokens=40)
     for shared in (1, 10**6):
         monkeypatch.setattr(engines, "SHARED", shared)
-        followed = []
-        answers = new_engine({3, 11}).generate(first, Sampling(max_new_tokens=40), streams(*range(12)), follow=follow)
+        followed, complete = [], {}
+        with sizes(monkeypatch) as seen:
+            answers = new_engine(stop).generate(first, asked, streams(*range(12)), follow=follow)
+        assert seen[0][2] == (3 if shared == 1 else 0) and seen[-1][2] == 0
         found.append(answers[:12] + [answers[12 + followed.index(place)] for place in range(12)])
     assert_same(*found)
+
+
+def test_groups_wear_adapters(model):
+    """The same prompt with an adapter and without one: two groups, each answered like its rows alone."""
+    config, _, params = model
+    worn = lora.init(config, 2, 4.0, ("query", "down"), 0, ONE)
+    worn = worn.replace(b=jax.tree.map(lambda x: x + 0.3, worn.b))
+    prompts, adapter = 8 * text(24, 140), [*4 * [0], *4 * [-1]]
+    with pytest.MonkeyPatch.context() as patch, sizes(patch) as seen:
+        both = Engine(config, params, (), ONE, worn).generate(prompts, MIXED[0], streams(*range(8)), adapter)
+    assert seen == [(8, 64, 2)]
+    for part, one in ((slice(0, 4), worn), (slice(4, 8), None)):
+        rows = range(8)[part]
+        alone = [Engine(config, params, (), ONE, one).generate(prompts[:1], MIXED[0], streams(row))[0] for row in rows]
+        assert_same(both[part], alone)
+    assert both[0].tokens != both[4].tokens
+
+
+@pytest.mark.parametrize("case, expected", [
+    ((16, 4, 140, 64, 204, 1), True),
+    ((16, 4, 127, 64, 191, 1), False),  # too short to pay
+    ((16, 1, 140, 64, 204, 1), False),
+    ((36, 4, 140, 64, 204, 1), False),  # a batch would have 40 rows
+    ((16, 4, 140, 64, 204, 8), False),  # 4 prompts for 8 devices
+    ((64, 8, 140, 64, 204, 8), True),
+    ((4, 2, 2000, 2000, 2048, 1), False),  # a short prompt with a long answer, and the other way round
+])  # fmt: skip
+def test_prompts_are_shared_where_that_takes_no_more_memory_and_nothing_is_padded(case, expected):
+    *numbers, shards = case
+    assert engines.shares(*numbers, shards=shards) == expected
 
 
 def test_a_cache_that_moves_lies_in_memory_twice_for_one_layer_alone(monkeypatch):
@@ -624,6 +663,7 @@ def test_common_prefix_is_common_and_the_longest(one, other):
 
 
 EIGHT = """
+import dataclasses
 import jax
 import small_models
 import test_generate as t
@@ -636,19 +676,23 @@ answers = {}
 for name, sizes in {"one": None, "data": (8, 1, 1), "all": (2, 2, 2)}.items():
     mesh = t.ONE if sizes is None else parallel.make_mesh(*sizes)
     config, _, params = small_models.load(small_models.FIXTURES / "qwen3", mesh=mesh)
+    config = dataclasses.replace(config, max_position_embeddings=t.CONTEXT)
     engine = Engine(config, params, [5], mesh)
     prompts = t.text(20, *range(3, 14))  # 11 rows: the mesh pads them to a multiple of its rows
     first = engine.generate(prompts, (t.MIXED * 3)[:11], t.streams(*range(11)))
     prompts = [p + list(a.tokens) + [7, 8] for p, a in zip(prompts, first, strict=True)]
     answers[name] = first + engine.generate(prompts, (t.MIXED * 3)[:11], t.streams(*range(11), round=2))
     engines.SHARED = 1
-    groups = [prompt for prompt in t.text(22, *range(3, 11)) for _ in range(2)]
-    answers[name] += engine.generate(groups, (t.MIXED * 4)[:16], t.streams(*range(16), round=3))
+    groups = [prompt for prompt in t.text(22, *range(101, 109)) for _ in range(2)]
+    drawn = engine.generate(groups, (t.MIXED * 4)[:16], t.streams(*range(16), round=3))
     assert len(engine._state.shared.length) == 8
     for cache in (engine._state.cache, engine._state.shared.cache):
         assert cache.keys[0].sharding.is_equivalent_to(
             parallel.named_sharding(mesh, "batch", "kv_heads", "length", "head_dim"), 4
         )
+    groups = [p + list(a.tokens) + [7] for p, a in zip(groups, drawn, strict=True)]
+    answers[name] += drawn + engine.generate(groups, t.MIXED[0], t.streams(*range(16), round=4))
+    assert engine._state.shared is None
 t.assert_same(answers["data"], answers["one"])
 t.assert_same(answers["all"], answers["one"])
 print("the same on 8 devices")
@@ -656,8 +700,8 @@ print("the same on 8 devices")
 
 
 def test_eight_devices_draw_the_same_tokens_as_one():
-    """Rows over 8 devices, and rows, weights and heads over 2 x 2 x 2; two rounds with the cache kept; pairs
-    of rows that share a prompt."""
+    """Rows over 8 devices, and rows, weights and heads over 2 x 2 x 2; two rounds with the cache kept; pairs of rows
+    that share a prompt, and then go on."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",

@@ -59,7 +59,8 @@ def test_the_fixtures_notice_a_wrong_rope(models, name, change):
 
 @pytest.mark.parametrize("name", [BIASES, QK_NORM, SCALED])
 def test_extending_a_cache_equals_the_whole_row(models, name):
-    """Rows that grow by different counts (also by none), padded with rubbish: real positions as without a cache."""
+    """Rows that grow by different counts (also by none), padded with rubbish: real positions as without a cache, also
+    where only the last one of each is asked for."""
     tokens, lengths, _ = small_models.expected(name)
     config, graphdef, params = models[name]
     whole = np.asarray(small_models.hidden(graphdef, params, tokens, lengths))
@@ -71,8 +72,11 @@ def test_extending_a_cache_equals_the_whole_row(models, name):
         new = rng.integers(0, config.vocab_size, (3, 8), dtype=np.int32)
         for row in range(3):
             new[row, : count[row]] = tokens[row, start[row] : start[row] + count[row]]
+        last, same = small_models.extend(graphdef, params, new, start, cache, asked=np.maximum(count, 1) - 1)
         out, cache = small_models.extend(graphdef, params, new, start, cache)
+        chex.assert_trees_all_close(same, cache, atol=1e-6, rtol=0)
         for row in range(3):
+            np.testing.assert_allclose(last[row, 0], out[row, max(count[row], 1) - 1], atol=1e-5, rtol=0)
             got[row, start[row] : start[row] + count[row]] = out[row, : count[row]]
         start = start + count
     chex.assert_trees_all_close(small_models.real(got, lengths), small_models.real(whole, lengths), atol=1e-5, rtol=0)

@@ -69,8 +69,9 @@ def live(
     asked = lives.ask()
     if freely:
         policy.pursue(asked, follow)
-    while asked and not freely:
-        asked = go_on(policy.answer(asked))
+    else:
+        while asked:
+            asked = go_on(policy.answer(asked))
     return spent
 
 

@@ -38,11 +38,11 @@ def must_read(model: Model, rows: int, length: int, new: int) -> int:
 def prefill_flops(config: DecoderConfig, rows: int, length: int) -> int:
     """Of reading prompts of `length` tokens, without logits: of the last layer only keys and values are wanted of all
     tokens, the rest of the last one."""
-    layers, length_before = config.num_layers, length - 1
+    layers, others = config.num_layers, length - 1
     keys_and_values = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
     whole = 2 * length * _layer_weights(config) + _attention(config, 0, length)
-    spared = 2 * length_before * (_layer_weights(config) // layers - keys_and_values)
-    return rows * (whole - spared - _attention(config, 0, length_before) // layers)
+    spared = 2 * others * (_layer_weights(config) // layers - keys_and_values)
+    return rows * (whole - spared - _attention(config, 0, others) // layers)
 
 
 def update_flops(config: DecoderConfig, prompts: Sequence[int], group: int, new: int, *, whole: bool) -> int:

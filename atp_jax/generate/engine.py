@@ -12,6 +12,8 @@ followed one by one (`generate(follow=)`) no such promise is made, and what was 
 import collections
 import dataclasses
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -139,8 +141,9 @@ def _moved(layers: Iterable[tuple[jax.Array, ...]], move: Callable, keep: bool) 
     made = []
     for old in layers:
         made.append(jax.block_until_ready(move(*old)))
-        for array in () if keep else old:
-            array.delete()
+        if not keep:
+            for array in old:
+                array.delete()
     keys, values = zip(*made, strict=True)
     return KVCache(keys, values)
 
@@ -149,14 +152,14 @@ def _layers(*held: KVCache) -> Iterable[tuple[jax.Array, ...]]:
     return zip(*(side for cache in held for side in (cache.keys, cache.values)), strict=True)
 
 
-def resize(cache: KVCache, size: int, *, mesh, keep: bool = False) -> KVCache:
-    """The same cache with `size` positions: zeros are added, or the last positions cut off. The old one is gone
-    afterwards, unless it is kept."""
-    return _moved(_layers(cache), functools.partial(_resized, size=size, mesh=mesh), keep)
+def resize(cache: KVCache, size: int, *, mesh) -> KVCache:
+    """The same cache with `size` positions: zeros are added, or the last positions cut off. The old one is gone."""
+    return _moved(_layers(cache), functools.partial(_resized, size=size, mesh=mesh), keep=False)
 
 
 def take(state: State, source: jax.Array, *, mesh, keep: bool = False) -> State:
-    """The state whose row b is row source[b] of this one, whose cache is gone afterwards, unless it is kept."""
+    """The state whose row b is row source[b] of this one, whose rows share nothing, and whose cache is gone afterwards,
+    unless it is kept."""
     cache = _moved(_layers(state.cache), lambda *layer: _taken(layer, source, mesh=mesh), keep)
     hidden, length = _taken((state.hidden, state.length), source, mesh=mesh)
     return State(cache, hidden, length)
@@ -178,8 +181,8 @@ def _spread(keys, values, first_keys, first_values, first_length, source: jax.Ar
         # Of its own part only the beginning is filled, the rest may lie behind the new cache's end.
         room = max(size + own.shape[axis] - first.shape[axis], 0)
         whole = jnp.pad(first[groups], [(0, room if i == axis else 0) for i in range(4)])
-        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1))
-        return jax.lax.slice_in_dim(put(whole, own[source], first_length[groups]), 0, size, axis=axis)
+        behind = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1))
+        return jax.lax.slice_in_dim(behind(whole, own[source], first_length[groups]), 0, size, axis=axis)
 
     return pin((one(keys, first_keys, 3), one(values, first_values, 2)), mesh)
 
@@ -199,7 +202,7 @@ def prefill_chunk(
     weights: Weights, state: State, rows: jax.Array, tokens: jax.Array, count: jax.Array, *, past: int, graphdef, mesh
 ) -> State:
     """Appends to row rows[r] the first count[r] of tokens [R, T], for each of R lines; the other rows stay as they are.
-    Lines of no row, rows[r] = B, come last. past: no row is longer before.
+    The rows share nothing. Lines of no row, rows[r] = B, come last. past: no row is longer before.
 
     Only the last new position's hidden state is kept: logits of a prompt are never computed.
     """
@@ -339,31 +342,36 @@ class Engine:
                 kept[row] = common_prefix(before, now)
         # One token at least is new: its hidden state is what the answer starts from.
         kept[places] = np.minimum(kept[places], [len(prompt) - 1 for prompt in prompts])
-        alike = list(dict.fromkeys((tuple(text), one) for text, one in zip(texts, worn, strict=True)))
-        if kept.any() or 2 * len(alike) > len(texts):
+        alike = list(zip(map(tuple, texts), worn, strict=True))
+        if kept.any() or 2 * len(set(alike)) > len(texts):
             weights, lengths = self._weights(rows, None if adapter is None else worn), np.zeros(rows, np.int32)
             lengths[: len(texts)] = kept
             state = self._append(weights, state, lengths, dict(enumerate(texts)))
         else:
-            # Rows that start alike (a GRPO group, the agents of a game) are computed once.
             state = None  # its memory is free for the rows that are computed
-            few, place = self._rows(len(alike)), {one: index for index, one in enumerate(alike)}
-            weights = self._weights(few, None if adapter is None else [one for _, one in alike])
-            source = np.zeros(rows, np.int32)
-            source[: len(texts)] = [place[tuple(text), one] for text, one in zip(texts, worn, strict=True)]
-            longest = max(map(len, texts))
-            together = longest >= SHARED and rows % few == 0 and (source == np.arange(rows) * few // rows).all()
-            if together:
-                size, own = bucket(longest, steps=2, smallest=SMALLEST_CACHE), self._cache_size([0], [budgets.max()])
-            nothing = empty_state(self.config, few, size, self._dtype, self.mesh)
-            apart = {row: list(text) for row, (text, _) in enumerate(alike)}
-            filled = self._append(weights, nothing, np.zeros(few, np.int32), apart)
-            if together:  # groups of one size, one after another, as in GRPO: they share what was read
-                state = share(filled, self._put(source), own, config=self.config, mesh=self.mesh)
-            else:
-                state = take(filled, self._put(source), mesh=self.mesh)
+            state = self._read_once(alike, adapter is not None, budgets)
         self._state, self._prompts, self._worn = state, texts, worn
         return places
+
+    def _read_once(self, alike: list[tuple[tuple[int, ...], int]], adapted: bool, budgets: np.ndarray) -> State:
+        """Rows of which many start alike (a GRPO group, the agents of a game), each prompt computed once. alike: prompt
+        and adapter of each. Groups of one size that follow one another share what was read, others get copies."""
+        lengths, new = [len(text) for text, _ in alike], budgets.tolist()
+        longest = max(lengths), max(new), max(map(sum, zip(lengths, new, strict=True)))
+        group = math.gcd(*(len(list(run)) for _, run in itertools.groupby(alike)))
+        together = shares(len(alike), group, *longest, shards=row_shards(self.mesh))
+        heads = alike[::group] if together else list(dict.fromkeys(alike))
+        rows, few, size = self._rows(len(alike)), self._rows(len(heads)), self._cache_size(lengths, new)
+        place = {one: index for index, one in enumerate(heads)}
+        source = np.zeros(rows, np.int32)
+        source[: len(alike)] = np.arange(rows) // group if together else [place[one] for one in alike]
+        nothing = empty_state(self.config, few, positions(longest[0]) if together else size, self._dtype, self.mesh)
+        weights = self._weights(few, [one for _, one in heads] if adapted else None)
+        filled = self._append(weights, nothing, np.zeros(few, np.int32), {i: text for i, (text, _) in enumerate(heads)})
+        if together:
+            own = self._cache_size([0], [max(new)])
+            return share(filled, self._put(source), own, config=self.config, mesh=self.mesh)
+        return take(filled, self._put(source), mesh=self.mesh)
 
     def generate(
         self,
@@ -431,7 +439,8 @@ class Engine:
         that was given stays where the rows become others.
 
         The cache grows when a row needs it; rows for which there is no memory then give way and wait. The number of
-        rows follows what is wanted and fits, where that is worth a copy: twice as many, or a quarter.
+        rows follows what is wanted and fits, where that is worth a copy: twice as many, or a quarter. Groups that share
+        come apart there, and where others are to enter.
         """
         alive = sorted(filter(wanted.alive, held))
         size = self._cache_size(*zip(*(wanted.size(one) for one in (*alive, *waiting)), strict=True))
@@ -456,9 +465,10 @@ class Engine:
             if state.shared is not None:
                 return spread(state, self._put(source), size, mesh=self.mesh, keep=keep), held
             if waiting and size < state.cache.keys[0].shape[3]:  # first, for there may be no room for more rows so long
-                state = state.replace(cache=resize(state.cache, size, mesh=self.mesh, keep=keep))
+                state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
             state = take(state, self._put(source), mesh=self.mesh, keep=keep)
         if state.shared is not None and waiting:
+            size = self._cache_size(*zip(*(wanted.size(one) for one in (*held, *waiting) if one >= 0), strict=True))
             return spread(state, self._put(np.arange(have, dtype=np.int32)), size, mesh=self.mesh), held
         if state.shared is not None:
             drawn = [len(wanted.tokens[one]) for one in alive]
@@ -546,7 +556,7 @@ class Engine:
                         tokens[line, : count[line]] = entries[row][begin : begin + count[line]]
                         past = max(past, int(begin))
                         lengths[row] += count[line]
-                past = min(bucket(past, steps=2, smallest=SMALLEST_CACHE), size) if past else 0
+                past = min(positions(past), size) if past else 0
                 arrays = (self._put(array) for array in (rows, tokens, count))
                 state = prefill_chunk(weights, state, *arrays, past=past, **self._static)
         return state
@@ -588,12 +598,12 @@ class Engine:
 
     def _rows(self, needed: int) -> int:
         """Rows of a batch that holds so many: a bucket."""
-        return bucket(needed, steps=4, smallest=1, multiple=row_shards(self.mesh))
+        return batch_rows(needed, row_shards(self.mesh))
 
     def _cache_size(self, lengths, budgets) -> int:
         """Positions that rows of these lengths need until the host looks again, rounded up to a bucket."""
         needed = max(int(length) + min(int(budget), CHUNK) for length, budget in zip(lengths, budgets, strict=True))
-        return bucket(needed, steps=2, smallest=SMALLEST_CACHE)
+        return positions(needed)
 
     def _most(self, size: int, rows: int | None) -> int:
         """How many rows with a cache of this size fit."""
@@ -609,8 +619,7 @@ class Engine:
         if rows is not None and self._rows(len(prompts)) > rows:
             return False
         longest = max(len(prompt) + int(budget) for prompt, budget in zip(prompts, budgets, strict=True))
-        size = bucket(longest, steps=2, smallest=SMALLEST_CACHE)
-        return self._rows(len(prompts)) <= self._most(size, None)
+        return self._rows(len(prompts)) <= self._most(positions(longest), None)
 
     def _take(self, rows: int, size: int) -> tuple[State, list[list[int]]]:
         """A state of this shape, and the prompts its rows hold. The cache never depends on what was answered: a longer
@@ -715,6 +724,26 @@ class _Wanted:
 def per_row(sampling: Sampling | Sequence[Sampling], rows: Sequence) -> list[Sampling]:
     """One Sampling a row."""
     return [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
+
+
+def batch_rows(needed: int, shards: int) -> int:
+    """Rows of a batch that holds so many and lies on so many parts of the mesh."""
+    return bucket(needed, steps=4, smallest=1, multiple=shards)
+
+
+def positions(needed: int) -> int:
+    """Positions of a cache whose rows hold so many."""
+    return bucket(needed, steps=2, smallest=SMALLEST_CACHE)
+
+
+def shares(rows: int, group: int, prompt: int, new: int, whole: int, *, shards: int) -> bool:
+    """Whether groups of this size share their prompts while `rows` answers are drawn: where it pays, where batches have
+    so many rows and groups, so that nothing is padded, and where it takes no more memory than copies. prompt, new,
+    whole: tokens of the longest prompt, of the longest answer, and of both in one row, at most."""
+    groups = rows // group
+    padded = any(batch_rows(count, shards) != count for count in (rows, groups))
+    apart = rows * positions(whole)
+    return group > 1 and prompt >= SHARED and not padded and groups * positions(prompt) + rows * positions(new) <= apart
 
 
 def bucket(needed: int, *, steps: int, smallest: int, multiple: int = 1) -> int:

@@ -213,12 +213,14 @@ class _Planner:
                 step = dataclasses.replace(step, collectives=read_of)
             steps.append(step)
         held["activations"] = max(step.cost.temporary for step in steps)
-        each = held["cache"] / (found.rows // self.shards)
+        # What waits is reckoned without sharing (Engine._most).
+        each = programs.device_bytes(found.apart) / (found.rows // self.shards)
 
         def fits(free: float) -> int:
             return math.floor(max(0, CACHES * (free + held["cache"])) / each) * self.shards
 
-        work = f"{found.rows} rows of {prompt:,} + {new:,} tokens, caches of {found.positions:,} positions"
+        held_by = f"caches of {found.positions:,} positions" if found.state is found.apart else "prompts held once"
+        work = f"{found.rows} rows of {prompt:,} + {new:,} tokens, {held_by}"
         return Stage(name, work, held, steps, {"rows": fits})
 
     def _model(self, config, mesh):

@@ -48,13 +48,14 @@ class Program:
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Answering `rows` prompts together. positions: of a row's cache at its longest; tokens: of all rows in one step of
-    prefill; weights, state: what lies in memory."""
+    prefill; weights, state: what lies in memory; apart: the state if no rows share their prompts."""
 
     rows: int
     positions: int
     tokens: int
     weights: Any
     state: Any
+    apart: Any
     prefill: Program
     decode: Program
 
@@ -111,8 +112,9 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
     mesh = given.mesh
     given = dataclasses.replace(given, params=whole_along_fsdp(given.params), lora=whole_along_fsdp(given.lora))
     shards = row_shards(mesh)
-    few, rows = (engine.bucket(n, steps=4, smallest=1, multiple=shards) for n in (rows // group, rows))
-    positions = engine.bucket(prompt + new, steps=2, smallest=engine.SMALLEST_CACHE)
+    together = engine.shares(rows, group, prompt, new, prompt + new, shards=shards)
+    groups, rows = rows // group, engine.batch_rows(rows, shards)
+    positions = engine.positions(prompt + new)
     dtype = jnp.dtype(given.dtype)
 
     def empty(rows: int, positions: int) -> engine.State:
@@ -120,15 +122,10 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
         shardings = engine.empty_state.lower(*asked_for).compile().output_shardings
         return shaped(jax.eval_shape(lambda: engine.empty_state(*asked_for)), shardings)
 
-    if group > 1 and prompt >= engine.SHARED and few * group == rows:
-        prompts, own = (
-            empty(n, engine.bucket(tokens, steps=2, smallest=engine.SMALLEST_CACHE))
-            for n, tokens in ((few, prompt), (rows, new))
-        )
-        state = own.replace(shared=Shared(prompts.cache, prompts.length))
-    else:
-        few, state = rows, empty(rows, positions)
-        prompts = state
+    read = state = apart = empty(rows, positions)
+    if together:
+        read, own = empty(groups, engine.positions(prompt)), empty(rows, engine.positions(new))
+        state = own.replace(shared=Shared(read.cache, read.length))
     weights = engine.Weights(given.params, given.lora)
     whole, by_row = named_sharding(mesh), named_sharding(mesh, "batch")
 
@@ -138,9 +135,9 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
     graphdef, _ = abstract(given.config)
     static = {"graphdef": graphdef, "mesh": mesh}
     width = min(engine.bucket(min(prompt, engine.WIDEST), steps=2, smallest=engine.NARROWEST), positions)
-    lines = min(few // shards, max(1, engine.PREFILL_TOKENS["other"] // width)) * shards
+    lines = min(len(read.length) // shards, max(1, engine.PREFILL_TOKENS["other"] // width)) * shards
     prefill = Program(
-        engine.prefill_chunk, (weights, prompts, row(lines), row(lines, width), row(lines)),
+        engine.prefill_chunk, (weights, read, row(lines), row(lines, width), row(lines)),
         static | {"past": 0},
     )  # fmt: skip
     asked = engine.Asked(
@@ -150,7 +147,7 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
     )  # fmt: skip
     few = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     decode = Program(engine.decode_chunk, (weights, state, asked, few), static | {"n": engine.CHUNK})
-    return Sampling(rows, positions, lines * width, weights, state, prefill, decode)
+    return Sampling(rows, positions, lines * width, weights, state, apart, prefill, decode)
 
 
 def grpo(given: Model, align: AlignSettings, new: int, prompt: int, reference=None) -> Training:

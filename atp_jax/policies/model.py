@@ -59,7 +59,7 @@ class ModelPolicy:
         """Answers these requests, and all that follow from the answers, each as soon as there is a row for it.
 
         follow: called with each request and its answer, once that is complete; what it gives back is asked next. A row
-        keeps what the same agent has read in it. Nothing is remembered afterwards. UserError as in `answer`.
+        keeps what the same agent has read and said in it. Nothing is remembered afterwards. UserError as in `answer`.
         """
         asked: list[Request] = []  # by their places in the engine
         prompts: list[list[int]] = []
