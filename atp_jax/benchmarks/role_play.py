@@ -7,7 +7,8 @@ All rounds stay in view, and every answer has exactly `new` tokens. The first li
 --freely: as with evolve.lockstep=False, where the model has read an answer once it has given it; in lockstep it reads
 it again with the next prompt. Since all answers are equally long, the rounds are the same ones.
 Prints one JSON object: seconds of all rounds and tokens_per_s (new tokens), of each round the seconds, those of prefill
-and decoding, what is left (rendering, tokenizing, reading decisions), and the longest prompt; compile_s, the machine.
+and decoding, what is left (rendering, tokenizing, reading decisions; freely also caches that grow), and the longest
+prompt; compile_s, the machine.
 --against transformers answers the same prompts of each round as one batch right after it, --against transformers_each
 with one call a prompt, in a process of its own: peer_s by round, and ratio.
 """

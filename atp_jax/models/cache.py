@@ -176,9 +176,10 @@ def attend(query, keys, values, positions):
 
 
 def attend_in_groups(query, keys, values, positions, shared: Shared, layer: int):
-    """The same where groups of rows hold the first part of what they see in common: positions are those in the rows'
-    own cache. The queries of a group are one product with what it shares, which is read once; the two parts of the
-    softmax are merged by their logarithms' sums (FlashDecoding's way, in float32)."""
+    """The same where groups of rows hold the first part of what they see in common: positions [B] are those in the
+    rows' own cache, layer is that of keys and values. The queries of a group are one product with what it shares, which
+    is read once; the two parts of the softmax are merged in float32, each scaled by its largest score (FlashDecoding's
+    way)."""
     rows, heads, dim = query.shape
     held_keys, held_values = shared.cache.keys[layer], shared.cache.values[layer]
     groups, kv_heads = held_keys.shape[:2]
