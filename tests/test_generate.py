@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from atp_jax import parallel
 from atp_jax.errors import UserError
 from atp_jax.generate import engine as engines
+from atp_jax.generate import programs
 from atp_jax.generate import sampling as samplers
 from atp_jax.generate.engine import Engine, Next, bucket, common_prefix
 from atp_jax.generate.sampling import Sampling
@@ -611,38 +612,38 @@ def test_a_cache_that_moves_lies_in_memory_twice_for_one_layer_alone(monkeypatch
             tuple(jnp.full((rows, 2, *shape), index, jnp.float32) for index in range(layers))
             for shape in ((8, size), (size, 8))
         )
-        return engines.State(KVCache(keys, values), jnp.zeros((rows, 16)), jnp.zeros(rows, jnp.int32))
+        return programs.State(KVCache(keys, values), jnp.zeros((rows, 16)), jnp.zeros(rows, jnp.int32))
 
     def lying():
         gc.collect()
         return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4)
 
     def watched(name):
-        original = getattr(engines, name)
+        original = getattr(programs, name)
 
         def spy(*arguments, **static):
             out = original(*arguments, **static)
             most.append(lying() - others)
             return out
 
-        monkeypatch.setattr(engines, name, spy)
+        monkeypatch.setattr(programs, name, spy)
 
     watched("_resized")
     watched("_taken")
     others, layer = lying(), 2 * rows * 2 * 8 * size * 4
     most, state = [], filled()
-    grown = engines.resize(state.cache, 96, mesh=ONE)
+    grown = programs.resize(state.cache, 96, mesh=ONE)
     assert max(most) == layer * (1.5 * layers + 1)
     chex.assert_trees_all_equal(grown.values[3][:, :, :size], jnp.full((rows, 2, size, 8), 3.0))
     chex.assert_shape(grown.keys, (rows, 2, 8, 96))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
     del grown
     most, state = [], filled()
-    taken = engines.take(state, jnp.array([2, 0]), mesh=ONE)
+    taken = programs.take(state, jnp.array([2, 0]), mesh=ONE)
     assert max(most) == layer * (layers + 0.5) and all(x.is_deleted() for x in jax.tree.leaves(state.cache))
     del taken
     most, state = [], filled()
-    engines.take(state, jnp.array([2, 0]), mesh=ONE, keep=True)
+    programs.take(state, jnp.array([2, 0]), mesh=ONE, keep=True)
     assert max(most) == layer * 1.5 * layers and not any(x.is_deleted() for x in jax.tree.leaves(state.cache))
 
 

@@ -18,7 +18,7 @@ from atp_jax.align.trainable import partition
 from atp_jax.align.update import init_state, make_optimiser
 from atp_jax.errors import UserError
 from atp_jax.generate import engine
-from atp_jax.generate.engine import empty_state
+from atp_jax.generate.programs import empty_state
 from atp_jax.generate.sampling import Sampling
 from atp_jax.models import huggingface, lora, peft
 from atp_jax.models.decoder import Decoder

@@ -18,7 +18,7 @@ from atp_jax.align.dpo import Dpo
 from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.align.trainable import partition
 from atp_jax.align.update import TrainState, make_optimiser, make_update, micro_batches
-from atp_jax.generate import engine
+from atp_jax.generate import engine, programs
 from atp_jax.model import Model
 from atp_jax.models import lora as adapters
 from atp_jax.models.cache import Shared
@@ -117,16 +117,16 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
     positions = engine.positions(prompt + new)
     dtype = jnp.dtype(given.dtype)
 
-    def empty(rows: int, positions: int) -> engine.State:
+    def empty(rows: int, positions: int) -> programs.State:
         asked_for = (given.config, rows, positions, dtype, mesh)
-        shardings = engine.empty_state.lower(*asked_for).compile().output_shardings
-        return shaped(jax.eval_shape(lambda: engine.empty_state(*asked_for)), shardings)
+        shardings = programs.empty_state.lower(*asked_for).compile().output_shardings
+        return shaped(jax.eval_shape(lambda: programs.empty_state(*asked_for)), shardings)
 
     read = state = apart = empty(rows, positions)
     if together:
         read, own = empty(groups, engine.positions(prompt)), empty(rows, engine.positions(new))
         state = own.replace(shared=Shared(read.cache, read.length))
-    weights = engine.Weights(given.params, given.lora)
+    weights = programs.Weights(given.params, given.lora)
     whole, by_row = named_sharding(mesh), named_sharding(mesh, "batch")
 
     def row(*shape, dtype=jnp.int32):
@@ -137,16 +137,16 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
     width = min(engine.bucket(min(prompt, engine.WIDEST), steps=2, smallest=engine.NARROWEST), positions)
     lines = min(len(read.length) // shards, max(1, engine.PREFILL_TOKENS["other"] // width)) * shards
     prefill = Program(
-        engine.prefill_chunk, (weights, read, row(lines), row(lines, width), row(lines)),
+        programs.prefill_chunk, (weights, read, row(lines), row(lines, width), row(lines)),
         static | {"past": 0},
     )  # fmt: skip
-    asked = engine.Asked(
+    asked = programs.Asked(
         streams=row(rows, 5, dtype=jnp.uint32), budget=row(rows), temperature=row(rows, dtype=jnp.float32),
         top_k=row(rows), top_p=row(rows, dtype=jnp.float32), produced=row(rows), done=row(rows, dtype=bool),
         stop=jax.ShapeDtypeStruct((4,), jnp.int32, sharding=whole),
     )  # fmt: skip
     few = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    decode = Program(engine.decode_chunk, (weights, state, asked, few), static | {"n": engine.CHUNK})
+    decode = Program(programs.decode_chunk, (weights, state, asked, few), static | {"n": engine.CHUNK})
     return Sampling(rows, positions, lines * width, weights, state, apart, prefill, decode)
 
 
