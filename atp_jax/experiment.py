@@ -225,7 +225,7 @@ def evolve(settings: Settings, workdir: Path, lab: Lab) -> None:
     setting = {
         name: value
         for name, value in _configuration(settings).items()
-        if not name.startswith(foreign) and name not in ("policy.rows", "evolve.lockstep")
+        if not name.startswith(foreign) and name not in ("policy.rows", "evolve.lockstep", "evolve.ahead")
     } | _in_force(lab)
     cells = conditions(settings)
     summaries = []

@@ -24,8 +24,8 @@ from atp_jax.testbeds.types import Condition, Lives
 
 @dataclass(frozen=True)
 class Finished:
-    """One round that ended: its records, whether they were read back, and how long answering took if not; None where
-    rounds are lived through side by side."""
+    """One round that ended: its records, whether they were read back, and how long it took; None where rounds are lived
+    through side by side."""
 
     condition: Condition
     round: int
@@ -86,6 +86,8 @@ def run_conditions(
     # A round that only some of them finished is answered again for all: what is answered together stays together.
     finished = min(len(rounds) for rounds in recovered)
 
+    if evolve.ahead and finished < evolve.rounds + 1 - first:  # role-play, whose conditions live one at a time
+        policy.foresee(lived[0].script)
     everything: list[list[dict]] = [[] for _ in conditions]
     for number in range(first, evolve.rounds + 1):
         ended: list[list[dict] | None] = [None] * len(lived)
@@ -95,10 +97,10 @@ def run_conditions(
             for rounds in recovered
         ]
         while None in ended:  # a round of one question each, or of as many as a testbed asks
+            began = time.perf_counter()
             asking = [place for place, records in enumerate(ended) if records is None]
             asked = [lived[place].ask() for place in asking]
             requests = [request for part in asked for request in part]
-            began = time.perf_counter()
             if not before:
                 answers = policy.answer(requests)
             else:
@@ -109,11 +111,11 @@ def run_conditions(
                 ]
                 if finished < evolve.rounds + 1 - first:
                     policy.recall(requests)
-            spent, end = time.perf_counter() - began, 0
+            end = 0
             for place, part in zip(asking, asked, strict=True):
                 begin, end = end, end + len(part)
-                seconds[place] += spent * len(part) / len(requests)
                 ended[place] = lived[place].tell(answers[begin:end])
+            seconds[asking] += (time.perf_counter() - began) * np.array([*map(len, asked)]) / len(requests)
 
         for place, (condition, records, path) in enumerate(zip(conditions, ended, paths, strict=True)):
             there = number - first < len(recovered[place])

@@ -92,6 +92,7 @@ class EvolveSettings:
     window: int | None = 5  # rounds of history shown; null: all
     samples: int = 1  # episodes a scenario
     lockstep: bool = True  # false: an episode goes on to its next round while others are still in this one
+    ahead: bool = False  # a round of role-play is begun before the host has seen to the one before, where that can be
     supervision: str = "all_unsupervised"
     controls: tuple[str, ...] = ("none",)
     models: tuple[str, ...] = ()  # of base, dpo, grpo; empty: base and what align.method makes
@@ -551,6 +552,8 @@ def check_settings(settings: Settings) -> Settings:
     _at_least("evolve.window", evolve.window, 0)
     _at_least("evolve.samples", evolve.samples, 1)
     _one_of("evolve.supervision", evolve.supervision, PATTERNS)
+    if evolve.ahead and not (settings.testbed == "role_play" and evolve.lockstep):
+        raise UserError("setting evolve.ahead is for role_play in lockstep: there alone the next round can be begun")
     if not evolve.controls:
         raise UserError("setting evolve.controls is empty: no condition would run")
     for control in evolve.controls:

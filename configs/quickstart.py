@@ -20,6 +20,7 @@ def get_config(arg=""):
     config.sampling.temperature = 1.0
     config.evolve.rounds = 6
     config.evolve.samples = 4
+    config.evolve.ahead = True  # fewer programs to compile
     config.evolve.controls = ("none", "no_history")
     config.evolve.probe = (0, 1, 2, 4)  # the next decision after so many scripted rounds, on 16 of the scenarios
 

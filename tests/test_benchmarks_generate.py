@@ -31,17 +31,17 @@ def test_both_measure_every_phase():
     assert result["seconds"] > 0 and result["prefill_s"] > 0 and result["decode_s"] > 0
     assert (result["batch"], result["prompt"], result["new"]) == (2, 20, 3)
     assert not {"roofline", "prefill_mfu", "peak_gb", "peer_s"} & result.keys()
-    for freely in (False, True):
+    for how, unused in (("lockstep", "foresee"), ("freely", "answer"), ("ahead", "pursue")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.delattr(ModelPolicy, "answer" if freely else "pursue")  # the other is what is measured
-            result = role_play.measure(model, "", items=2, rounds=2, new=3, freely=freely, peer=None, each=False)
-        assert result["freely"] == freely
+            patch.delattr(ModelPolicy, unused)  # another is what is measured
+            result = role_play.measure(model, "", items=2, rounds=2, new=3, how=how, peer=None, each=False)
+        assert result["how"] == how
         assert [one["round"] for one in result["by_round"]] == [1, 2]
         for one in result["by_round"]:
-            assert one["prefill_s"] > 0 and one["decode_s"] > 0
+            assert one["prefill_s"] > 0 and one["decode_s"] > 0 or (how == "ahead" and one["round"] > 1)
             assert one["seconds"] == pytest.approx(one["prefill_s"] + one["decode_s"] + one["host_s"], abs=2e-3)
     with pytest.raises(UserError, match="--items=1000"):
-        role_play.measure(model, "", items=1000, rounds=1, new=1, freely=False, peer=None, each=False)
+        role_play.measure(model, "", items=1000, rounds=1, new=1, how="lockstep", peer=None, each=False)
 
 
 def test_shares_are_of_what_the_device_reaches():

@@ -1,11 +1,13 @@
 r"""Seconds of role-play, round by round: 64 items lived through together by the real policy.
 
     python -m atp_jax.benchmarks.role_play --model DIR [--data F] --items 64 --rounds 6 --new 64 \
-        [--freely] [--against transformers]
+        [--how freely] [--against transformers]
 
 All rounds stay in view, and every answer has exactly `new` tokens. The first life compiles, the second is measured.
---freely: as with evolve.lockstep=False, where the model has read an answer once it has given it; in lockstep it reads
-it again with the next prompt. Since all answers are equally long, the rounds are the same ones.
+--how=freely: as with evolve.lockstep=False, where the model has read an answer once it has given it; in lockstep it
+reads it again with the next prompt. Since all answers are equally long, the rounds are the same ones.
+--how=ahead: as with evolve.ahead=True. A round is then computed while the host sees to the one before, so what is left
+of its seconds may be waiting, and reading counts as decoding but for the first prompts.
 Prints one JSON object: seconds of all rounds and tokens_per_s (new tokens), of each round the seconds, those of prefill
 and decoding, what is left (rendering, tokenizing, reading decisions; freely also caches that grow), and the longest
 prompt; compile_s, the machine.
@@ -37,7 +39,7 @@ from atp_jax.testbeds.role_play import Lives, conditions
 
 
 def live(
-    policy: ModelPolicy, items: list, rounds: int, new: int, freely: bool, peer: Peer | None, each: bool
+    policy: ModelPolicy, items: list, rounds: int, new: int, how: str, peer: Peer | None, each: bool
 ) -> list[dict]:
     """What each round took."""
     config = default_config()
@@ -67,8 +69,10 @@ def live(
         answered[request.episode] = answer
         return go_on([answered.pop(episode) for episode in range(len(items))]) if len(answered) == len(items) else []
 
+    if how == "ahead":
+        policy.foresee(lives.script)
     asked = lives.ask()
-    if freely:
+    if how == "freely":
         policy.pursue(asked, follow)
     else:
         while asked:
@@ -77,7 +81,7 @@ def live(
 
 
 def measure(
-    model: Model, data: str, items: int, rounds: int, new: int, freely: bool, peer: Peer | None, each: bool
+    model: Model, data: str, items: int, rounds: int, new: int, how: str, peer: Peer | None, each: bool
 ) -> dict:
     """The JSON object. UserError where there are too few scenarios."""
     scenarios = load_role_play(data)
@@ -85,8 +89,8 @@ def measure(
         raise UserError(f"--items={items}, but {data or 'the shipped pack'} has only {len(scenarios)} scenarios")
     endless = dataclasses.replace(model, generation={"eos_token_id": []})
     policy = ModelPolicy(endless, Sampling(max_new_tokens=new), seed=0)
-    first = live(policy, scenarios[:items], rounds, new, freely, None, each)
-    spent = live(policy, scenarios[:items], rounds, new, freely, peer, each)
+    first = live(policy, scenarios[:items], rounds, new, how, None, each)
+    spent = live(policy, scenarios[:items], rounds, new, how, peer, each)
     seconds = sum(one["seconds"] for one in spent)
     result = {
         "seconds": round(seconds, 2), "tokens_per_s": round(items * rounds * new / seconds, 1),
@@ -98,7 +102,7 @@ def measure(
     if peer:
         theirs = sum(one["peer_s"] for one in spent)
         result |= {"peer_s": round(theirs, 2), "ratio": round(theirs / seconds, 2), "peer": peer.about}
-    shape = {"items": items, "rounds": rounds, "new": new, "freely": freely, "dtype": model.dtype}
+    shape = {"items": items, "rounds": rounds, "new": new, "how": how, "dtype": model.dtype}
     return result | {"by_round": spent} | shape | machine()
 
 
@@ -106,11 +110,13 @@ def main(argv):
     del argv
     v = flags.FLAGS
     try:
+        if v.how == "ahead" and v.against:
+            raise UserError("--how=ahead has no peer: the next round would run beside it")
         path = v.model or str(ORGANISM)
         model = load_model(path, v.dtype)
         with transformers_peer(path, v.dtype) if v.against else contextlib.nullcontext() as peer:
             each = v.against == "transformers_each"
-            print(json.dumps(measure(model, v.data, v.items, v.rounds, v.new, v.freely, peer, each)))
+            print(json.dumps(measure(model, v.data, v.items, v.rounds, v.new, v.how, peer, each)))
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
@@ -122,7 +128,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("items", 64, "scenarios", lower_bound=1)
     flags.DEFINE_integer("rounds", 6, "rounds", lower_bound=1)
     flags.DEFINE_integer("new", 64, "tokens of an answer", lower_bound=1)
-    flags.DEFINE_boolean("freely", False, "as with evolve.lockstep=False")
+    flags.DEFINE_enum("how", "lockstep", ["lockstep", "freely", "ahead"], "rounds follow one another")
     flags.DEFINE_string("dtype", "float32", "of the model")
     flags.DEFINE_enum("against", "", ["", "transformers", "transformers_each"], "what answers the same prompts, too")
     app.run(main)

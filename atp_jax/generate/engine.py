@@ -105,12 +105,13 @@ class Engine:
         self.stop = frozenset(stop)
         self.mesh = mesh
         graphdef, _ = abstract(config)
-        self._static = {"graphdef": graphdef, "mesh": mesh}
+        self.static = {"graphdef": graphdef, "mesh": mesh}
         self._dtype = jax.tree.leaves(params)[0].dtype
         self._prompts: list[list[int]] = []  # what the rows of the state hold
         self._worn: list[int] = []  # and the adapters they wore
         self._state: State | None = None
-        # Seconds of `generate`, "prefill" and "decode", and of changes of "layout" (parallel.py).
+        # Seconds of `generate`, "prefill" and "decode", and of changes of "layout" (parallel.py). Of rounds that are
+        # begun ahead all but the first prompts is "decode".
         self.spent: collections.Counter = collections.Counter()
         self.load(params, lora)
         held = params, lora, self.params, self.lora  # in slices, and whole where sampling wants them whole
@@ -139,7 +140,7 @@ class Engine:
         Raises UserError for an empty prompt, ids outside the vocabulary, and a prompt that fills the model's context.
         """
         prompts = [list(prompt) for prompt in prompts]
-        self._check(prompts)
+        self.check(prompts)
         places = self._going_on(prompts, adapter)
         texts, worn = (list(self._prompts), list(self._worn)) if places else (prompts, [0] * len(prompts))
         places, budgets = places or list(range(len(prompts))), np.zeros(len(texts), np.int32)
@@ -149,7 +150,7 @@ class Engine:
         if not self._all_fit(texts, budgets, rows):
             self.forget()
             return []
-        rows, size = self._rows(len(texts)), self._cache_size([len(text) for text in texts], budgets)
+        rows, size = self.rows(len(texts)), self._cache_size([len(text) for text in texts], budgets)
         state, old = self._take(rows, size)
 
         kept = np.zeros(len(texts), np.int32)
@@ -160,7 +161,7 @@ class Engine:
         kept[places] = np.minimum(kept[places], [len(prompt) - 1 for prompt in prompts])
         alike = list(zip(map(tuple, texts), worn, strict=True))
         if kept.any() or 2 * len(set(alike)) > len(texts):
-            weights, lengths = self._weights(rows, None if adapter is None else worn), np.zeros(rows, np.int32)
+            weights, lengths = self.weights(rows, None if adapter is None else worn), np.zeros(rows, np.int32)
             lengths[: len(texts)] = kept
             state = self._append(weights, state, lengths, dict(enumerate(texts)))
         else:
@@ -177,17 +178,28 @@ class Engine:
         group = math.gcd(*(len(list(run)) for _, run in itertools.groupby(alike)))
         together = shares(len(alike), group, *longest, shards=row_shards(self.mesh))
         heads = alike[::group] if together else list(dict.fromkeys(alike))
-        rows, few, size = self._rows(len(alike)), self._rows(len(heads)), self._cache_size(lengths, new)
+        rows, few, size = self.rows(len(alike)), self.rows(len(heads)), self._cache_size(lengths, new)
         place = {one: index for index, one in enumerate(heads)}
         source = np.zeros(rows, np.int32)
         source[: len(alike)] = np.arange(rows) // group if together else [place[one] for one in alike]
         nothing = empty_state(self.config, few, positions(longest[0]) if together else size, self._dtype, self.mesh)
-        weights = self._weights(few, [one for _, one in heads] if adapted else None)
+        weights = self.weights(few, [one for _, one in heads] if adapted else None)
         filled = self._append(weights, nothing, np.zeros(few, np.int32), {i: text for i, (text, _) in enumerate(heads)})
         if together:
             own = self._cache_size([0], [max(new)])
-            return share(filled, self._put(source), own, config=self.config, mesh=self.mesh)
-        return take(filled, self._put(source), mesh=self.mesh)
+            return share(filled, self.put(source), own, config=self.config, mesh=self.mesh)
+        return take(filled, self.put(source), mesh=self.mesh)
+
+    def hand_over(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> State:
+        """A state whose rows have read these prompts, all of which fit, and share nothing. Nothing is remembered."""
+        began = time.perf_counter()
+        self.forget()
+        if not self.prefill(prompts, sampling):
+            raise ValueError("not all of these prompts fit")
+        size = self._cache_size([len(prompt) for prompt in prompts], self._budgets(prompts, sampling))
+        state, _ = self._take(self.rows(len(prompts)), size)
+        self.spent["prefill"] += time.perf_counter() - began
+        return state
 
     def generate(
         self,
@@ -244,7 +256,7 @@ class Engine:
         """What follows becomes a part of what is wanted. -> the places"""
         prompts = [one.prompt for one in new]
         if new:
-            self._check(prompts)
+            self.check(prompts)
         budgets = self._budgets(prompts, sampling)
         return [wanted.add(one, int(budget), sampling) for one, budget in zip(new, budgets, strict=True)]
 
@@ -262,12 +274,12 @@ class Engine:
         size = self._cache_size(*zip(*(wanted.size(one) for one in (*alive, *waiting)), strict=True))
         limit = self._most(size, rows)
         most = min(limit, len(alive) + len(waiting))
-        while most > 1 and self._rows(most) > limit:
+        while most > 1 and self.rows(most) > limit:
             most -= 1
         for one in reversed(alive[most:]):
             waiting.appendleft(one)
             held[held.index(one)] = -1
-        want, have = self._rows(most), len(held)
+        want, have = self.rows(most), len(held)
         if state is None:
             return empty_state(self.config, want, size, self._dtype, self.mesh), [-1] * want
         if want >= 2 * have or want < have > limit or (have > FEWEST and want * SHRINK <= have):
@@ -279,13 +291,13 @@ class Engine:
             source[: len(places)] = places
             held = [held[row] for row in places] + [-1] * (want - len(places))
             if state.shared is not None:
-                return spread(state, self._put(source), size, mesh=self.mesh, keep=keep), held
+                return spread(state, self.put(source), size, mesh=self.mesh, keep=keep), held
             if waiting and size < state.cache.keys[0].shape[3]:  # first, for there may be no room for more rows so long
                 state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
-            state = take(state, self._put(source), mesh=self.mesh, keep=keep)
+            state = take(state, self.put(source), mesh=self.mesh, keep=keep)
         if state.shared is not None and waiting:
             size = self._cache_size(*zip(*(wanted.size(one) for one in (*held, *waiting) if one >= 0), strict=True))
-            return spread(state, self._put(np.arange(have, dtype=np.int32)), size, mesh=self.mesh), held
+            return spread(state, self.put(np.arange(have, dtype=np.int32)), size, mesh=self.mesh), held
         if state.shared is not None:
             drawn = [len(wanted.tokens[one]) for one in alive]
             size = self._cache_size(drawn, [wanted.budgets[one] - done for one, done in zip(alive, drawn, strict=True)])
@@ -311,7 +323,7 @@ class Engine:
                 wanted.prompts[wanted.after[one]] = ()  # a long run has many
             held[row], entering[row] = one, [*wanted.prompts[one], *wanted.tokens[one]]
         if entering:
-            state = self._append(self._weights(len(held), wanted.worn(held)), state, lengths, entering)
+            state = self._append(self.weights(len(held), wanted.worn(held)), state, lengths, entering)
             jax.block_until_ready(state)
             self.spent["prefill"] += time.perf_counter() - began
         return state
@@ -326,8 +338,8 @@ class Engine:
             few = max(alive - max(quarter, 1), 0)
         elif len(held) > FEWEST and alive > quarter:
             few = quarter
-        weights, asked = self._weights(len(held), wanted.worn(held)), self._ask(held, wanted)
-        state, *drawn = decode_chunk(weights, state, asked, np.int32(few), CHUNK, **self._static)
+        weights, asked = self.weights(len(held), wanted.worn(held)), self._ask(held, wanted)
+        state, *drawn = decode_chunk(weights, state, asked, np.int32(few), CHUNK, **self.static)
         produced, done, tokens, log_probs = fetch(drawn)
         ended = []
         for row, one in enumerate(held):
@@ -347,10 +359,8 @@ class Engine:
 
         Rows with about as many new tokens are read together, so that little is padded.
         """
-        state, lengths = state.replace(length=self._put(lengths)), lengths.copy()
+        state, lengths = state.replace(length=self.put(lengths)), lengths.copy()
         shards, batch, size = row_shards(self.mesh), len(lengths), state.cache.keys[0].shape[3]
-        platform = self.mesh.devices.flat[0].platform
-        tokens_at_once = PREFILL_TOKENS.get(platform, PREFILL_TOKENS["other"])
         while left := {row: len(ids) - int(lengths[row]) for row, ids in entries.items() if len(ids) > lengths[row]}:
             # Each device reads rows of its own, the longest first.
             order = sorted(left, key=lambda row: (-min(left[row], WIDEST), row))
@@ -359,7 +369,7 @@ class Engine:
             while any(queues):
                 longest = min(max(left[queue[0]] for queue in queues if queue), WIDEST)
                 width = min(bucket(longest, steps=2, smallest=NARROWEST), size)
-                lines = min(most, 2 ** (max(tokens_at_once // width, 1).bit_length() - 1))
+                lines = min(most, self._lines(width))
                 group = [[*queue[:lines], *[batch] * (lines - len(queue))] for queue in queues]
                 queues = [queue[lines:] for queue in queues]
                 rows = np.array(group, np.int32).reshape(-1)
@@ -373,8 +383,8 @@ class Engine:
                         past = max(past, int(begin))
                         lengths[row] += count[line]
                 past = min(positions(past), size) if past else 0
-                arrays = (self._put(array) for array in (rows, tokens, count))
-                state = prefill_chunk(weights, state, *arrays, past=past, **self._static)
+                arrays = (self.put(array) for array in (rows, tokens, count))
+                state = prefill_chunk(weights, state, *arrays, past=past, **self.static)
         return state
 
     def _going_on(self, prompts: list[list[int]], adapter: Sequence[int] | None) -> list[int]:
@@ -391,7 +401,8 @@ class Engine:
                 found.append(row)
         return found if len(found) == len(prompts) else []
 
-    def _check(self, prompts: list[list[int]]) -> None:
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """UserError for what `prefill` refuses."""
         vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
         if not prompts:
             raise UserError("no prompts to answer")
@@ -412,7 +423,7 @@ class Engine:
             np.int32,
         )
 
-    def _rows(self, needed: int) -> int:
+    def rows(self, needed: int) -> int:
         """Rows of a batch that holds so many: a bucket."""
         return batch_rows(needed, row_shards(self.mesh))
 
@@ -432,10 +443,23 @@ class Engine:
 
     def _all_fit(self, prompts, budgets, rows: int | None) -> bool:
         """Whether all prompts can be answered at a time, also if all answers become as long as they may."""
-        if rows is not None and self._rows(len(prompts)) > rows:
-            return False
         longest = max(len(prompt) + int(budget) for prompt, budget in zip(prompts, budgets, strict=True))
-        return self._rows(len(prompts)) <= self._most(positions(longest), None)
+        return self.hold(len(prompts), longest, rows)
+
+    def hold(self, answers: int, longest: int, rows: int | None) -> bool:
+        """Whether so many rows of so many ids can be answered at a time. rows: no more than these."""
+        needed = self.rows(answers)
+        return (rows is None or needed <= rows) and needed <= self._most(positions(longest), None)
+
+    def lines(self, rows: int, width: int) -> int:
+        """Rows of so many that are read in one step with so many new tokens each, the same of each device."""
+        shards = row_shards(self.mesh)
+        return shards * min(rows // shards, self._lines(width))
+
+    def _lines(self, width: int) -> int:
+        """Of one device."""
+        tokens = PREFILL_TOKENS.get(self.mesh.devices.flat[0].platform, PREFILL_TOKENS["other"])
+        return 2 ** (max(tokens // width, 1).bit_length() - 1)
 
     def _take(self, rows: int, size: int) -> tuple[State, list[list[int]]]:
         """A state of this shape, and the prompts its rows hold. The cache never depends on what was answered: a longer
@@ -444,35 +468,41 @@ class Engine:
         if state is None or state.length.shape[0] != rows:
             return empty_state(self.config, rows, size, self._dtype, self.mesh), []
         if state.shared is not None:
-            return spread(state, self._put(np.arange(rows, dtype=np.int32)), size, mesh=self.mesh), old
+            return spread(state, self.put(np.arange(rows, dtype=np.int32)), size, mesh=self.mesh), old
         if state.cache.keys[0].shape[3] != size:
             state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
         return state, old
+
+    def asked(self, rows: int, streams: Sequence[Sequence[int]], sampling: Sampling) -> Asked:
+        """What is asked of the first rows, one a stream; of the others nothing."""
+        count = len(streams)
+        wanted = _Wanted([[]] * count, [sampling] * count, streams, np.full(count, sampling.max_new_tokens), None)
+        return self._ask([*range(count), *[-1] * (rows - count)], wanted)
 
     def _ask(self, held: list[int], wanted: "_Wanted") -> Asked:
         alive = [one for one in held if wanted.alive(one)]
         real = np.array([wanted.alive(one) for one in held])
 
-        def by_row(values, dtype):
-            values = np.asarray(values)
+        def by_row(values, dtype, *shape):
+            values = np.asarray(values).reshape(-1, *shape)
             out = np.zeros((len(held), *values.shape[1:]), dtype)
             out[real] = values
-            return self._put(out)
+            return self.put(out)
 
         stop = np.full(bucket(len(self.stop), steps=1, smallest=4), -1, np.int32)
         stop[: len(self.stop)] = sorted(self.stop)
         return Asked(
-            streams=by_row([wanted.streams[one] for one in alive], np.uint32),
+            streams=by_row([wanted.streams[one] for one in alive], np.uint32, 5),
             budget=by_row([wanted.budgets[one] for one in alive], np.int32),
             temperature=by_row([wanted.sampling[one].temperature for one in alive], np.float32),
             top_k=by_row([wanted.sampling[one].top_k for one in alive], np.int32),
             top_p=by_row([wanted.sampling[one].top_p for one in alive], np.float32),
             produced=by_row([len(wanted.tokens[one]) for one in alive], np.int32),
-            done=self._put(~real),
-            stop=put(stop, NamedSharding(self.mesh, PartitionSpec())),
+            done=self.put(~real),
+            stop=self.share(stop),
         )
 
-    def _weights(self, rows: int, adapter: Sequence[int] | None) -> Weights:
+    def weights(self, rows: int, adapter: Sequence[int] | None = None) -> Weights:
         if adapter is None:
             return Weights(self.params, self.lora)
         count = 0 if self.lora is None else int(self.lora.owner.max()) + 1
@@ -480,10 +510,15 @@ class Engine:
             raise UserError(f"adapter {wrong[0]}: there are {count}, counted from 0; -1 is none")
         worn = np.full(rows, -1, np.int32)
         worn[: len(adapter)] = adapter
-        return Weights(self.params, self.lora, self._put(worn))
+        return Weights(self.params, self.lora, self.put(worn))
 
-    def _put(self, rows: np.ndarray) -> jax.Array:
+    def put(self, rows: np.ndarray) -> jax.Array:
+        """An array on the devices, to each its rows."""
         return put(rows, named_sharding(self.mesh, "batch"))
+
+    def share(self, values: np.ndarray) -> jax.Array:
+        """An array on the devices, on each the whole."""
+        return put(values, NamedSharding(self.mesh, PartitionSpec()))
 
 
 class _Wanted:

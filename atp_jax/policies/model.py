@@ -3,13 +3,18 @@
 import collections
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+
+import jax
 
 from atp_jax.chat import Chat
 from atp_jax.errors import UserError
-from atp_jax.generate.engine import Next, Sampled
+from atp_jax.generate import reading
+from atp_jax.generate.ahead import Ahead
+from atp_jax.generate.engine import CHUNK, Next, Sampled
 from atp_jax.generate.sampling import Sampling
 from atp_jax.model import Model
-from atp_jax.policies.types import Answer, Request
+from atp_jax.policies.types import Answer, Request, Script
 
 
 class ModelPolicy:
@@ -32,7 +37,7 @@ class ModelPolicy:
     ):
         if rows is not None and rows < 1:
             raise UserError(f"policy.rows must be at least 1, not {rows}")
-        self._chat = Chat(model.tokenizer, thinking)
+        self._chat, self._tokenizer = Chat(model.tokenizer, thinking), model.tokenizer
         self._context = model.config.max_position_embeddings
         self._engine = model.engine()
         self._sampling = sampling
@@ -40,11 +45,16 @@ class ModelPolicy:
         self._rows = rows
         self._members: list[tuple[int, int, int]] = []  # whose prompts the engine remembers
         self._first = 0  # the round in which it began to
+        self._ahead: Ahead | None = None
         self.spent = self._engine.spent  # seconds of answering, by phase
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. UserError names the request whose prompt fills the model's context; where
         earlier turns of the same round filled it (what a tool printed), there is an empty answer that was cut off."""
+        if prompts := self._scripted(requests):
+            drawn = self._ahead.answer(prompts, [(self._seed, *request.stream) for request in requests])
+            if drawn is not None:
+                return list(map(self._answer, prompts, drawn))
         answers = [_NO_ROOM] * len(requests)
         if not (prompts := self._read(requests)):
             return answers
@@ -85,29 +95,61 @@ class ModelPolicy:
             return enter(follow(request, self._answer(prompt, sampled)))
 
         self._engine.forget()
-        self._members = []
+        self._members, self._ahead = [], None
         if first := enter(requests):
             read, streams = [one.prompt for one in first], [one.stream for one in first]
             self._engine.generate(read, self._sampling, streams, _adapters(asked), self._rows, ended)
 
     def recall(self, requests: Sequence[Request]) -> None:
         """Reads what was asked, as `answer` would, without answering."""
+        if (prompts := self._scripted(requests)) and self._ahead.recall(prompts):
+            return
         if prompts := self._read(requests):
             worn = _adapters([requests[place] for place in prompts])
             self._engine.prefill([*prompts.values()], self._sampling, worn, self._rows)
+
+    def foresee(self, script: Callable[[Chat], Script | None]) -> None:
+        """The episodes of this script are asked next, from their first round on. If answers are short and all can be
+        given at a time, each round is then begun before the host has read the one before, as long as all of them are
+        what the script says (a chat template may trim an answer, and then they are not)."""
+        self._engine.forget()
+        self._members, self._ahead = [], None
+        if self._sampling.max_new_tokens <= CHUNK and (found := script(self._chat)):
+            self._ahead = Ahead(self._engine, found, self._sampling, self._spelled)
 
     @contextmanager
     def wearing(self, params, lora) -> Iterator[None]:
         """Other weights (of the same shapes) from now on. Nothing of what was read before is kept, and afterwards the
         memory of the cache is the training's."""
         self._engine.load(params, lora)
-        self._members = []
+        self._members, self._ahead = [], None
         yield
+        self._ahead = None
         self._engine.forget()
+
+    def _scripted(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The prompts of the next round of the script that is followed; none, and it is followed no longer, where these
+        are other requests or not all can be answered at a time."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return []
+        asked = [(request.condition, request.round, request.turn, request.unaligned) for request in requests]
+        if asked != [(ahead.script.condition, ahead.number + 1, 0, False)] * len(ahead.script.which):
+            return []
+        prompts = [self._prompt(request) for request in requests]
+        if not ahead.number and not ahead.fits(prompts, self._rows):
+            return []
+        self._ahead = ahead
+        return prompts
+
+    @cached_property
+    def _spelled(self) -> reading.Spelling:
+        return jax.tree.map(self._engine.share, reading.spelling(self._tokenizer, self._engine.config.vocab_size))
 
     def _read(self, requests: Sequence[Request]) -> dict[int, list[int]]:
         """The prompts that fit into the model's context, by the places of their requests. What the engine remembers is
         kept only if it is of these very episodes, and not of an earlier run of them."""
+        self._ahead = None
         prompts = {
             place: prompt for place, request in enumerate(requests) if (prompt := self._prompt(request)) is not None
         }

@@ -86,6 +86,9 @@ class ScriptedPolicy:
     def recall(self, requests: Sequence[Request]) -> None:
         """A script remembers nothing."""
 
+    def foresee(self, script: Callable) -> None:
+        """There is nothing to begin before it is asked."""
+
     def _answer(self, *address: int) -> Answer:
         try:
             return self.answers[address]

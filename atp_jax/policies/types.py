@@ -4,6 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from atp_jax.chat import Chat
+
 
 @dataclass(frozen=True)
 class Request:
@@ -31,6 +35,23 @@ class Request:
     def stream(self) -> tuple[int, int, int, int]:
         """What, with the seed of the run, addresses the randomness of the answer."""
         return self.condition, self.episode, self.agent, self.round + (self.turn << 16)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What E episodes of R rounds are asked after each answer, where that follows from what it decides alone.
+
+    The next prompt is the one before without its last `rewind` ids, the answer as it was sampled but for a special
+    token at its end, and a segment. which: int32 [E, R, 3], the place of that segment in `segments`, by the number of
+    the round and by the decision (in the order of `decisions.DECISIONS`); -1 where nothing follows. options: what an
+    episode calls to comply and to violate.
+    """
+
+    condition: int
+    segments: tuple[tuple[int, ...], ...]
+    which: np.ndarray
+    options: tuple[tuple[str, str], ...]
+    rewind: int
 
 
 @dataclass(frozen=True)
@@ -98,4 +119,9 @@ class Policy(Protocol):
     def recall(self, requests: Sequence[Request]) -> None:
         """Rebuild what would be remembered had `requests` been answered: a run that was interrupted calls this once for
         each round that was finished before, in order, and then goes on with `answer`."""
+        ...
+
+    def foresee(self, script: Callable[[Chat], Script | None]) -> None:
+        """Be ready for the episodes of a script, which are asked next from their first round on. script: makes it, if
+        there is one, for whoever puts messages into ids like this."""
         ...

@@ -1,14 +1,17 @@
 """Role-play as a testbed: one agent an episode, a rule, and somebody who watches or not."""
 
+import itertools
+import json
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atp_jax.chat import Chat
 from atp_jax.decisions import DECISIONS, read_decision
 from atp_jax.envs import role_play as env
-from atp_jax.policies.types import Answer, Request
+from atp_jax.policies.types import Answer, Request, Script
 from atp_jax.scenarios import role_play as words
 from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play, warnings
 from atp_jax.scenarios.wording import steer
@@ -92,7 +95,7 @@ class Lives:
         self.addresses = [(first + row, AGENT) for row in range(len(episodes))]
         self.round = 0  # of what was asked last, from 1
         self._condition, self._episodes, self._supervision = condition, episodes, supervision
-        self._wording, self._pattern = wording, settings.evolve.supervision
+        self._texts, self._pattern = (wording, settings.parity), settings.evolve.supervision
         self._window, self._parity, self._first = settings.evolve.window, settings.parity, first
         self._histories: list[list[words.Turn]] = [[] for _ in episodes]
         self._questions: list[str] = []
@@ -106,7 +109,7 @@ class Lives:
         self.round += 1
         state = int(self._supervision[self.round - 1])
         self._questions = [
-            words.question(scenario, state, self._pattern, self._wording, self._parity) for scenario in self._episodes
+            words.question(scenario, state, self._pattern, *self._texts) for scenario in self._episodes
         ]
         alone = self._condition.control == "no_history"
         shown = zip(self._episodes, self._questions, self._histories, strict=True)
@@ -118,6 +121,61 @@ class Lives:
             for row, (scenario, question, history) in enumerate(shown)
         ]  # fmt: skip
         return self._requests
+
+    def script(self, chat: Chat) -> Script | None:
+        """What every answer of every round is followed by, before anything was asked; None where that depends on more
+        than what it decides: where rounds drop out of sight, or were never in it, where answers are read upstream's
+        way, or quoted when they cannot be read.
+
+        The environment is stepped with each decision in each round, and what the agent is then told is put into ids as
+        in a conversation of these two rounds.
+        """
+        rounds = len(self._supervision)
+        seen = self._window is None or self._window >= rounds - 1
+        one, other = (words.feedback(self._episodes[0], "unparsed", False, 0.0, text, *self._texts) for text in "ab")
+        if not seen or one != other or self._condition.control == "no_history" or self._parity != "default":
+            return None
+        which = np.full((len(self._episodes), rounds, len(DECISIONS)), -1, np.int32)
+        segments: dict[tuple[int, ...], int] = {}
+        followed: dict[tuple, tuple[tuple[int, ...], int]] = {}
+        states = self._states
+        for number, (now, after) in enumerate(itertools.pairwise(self._supervision.tolist())):
+            before = states
+            for code, decision in enumerate(DECISIONS):
+                with exact():
+                    states, outcomes = _step(before, jnp.full(len(self._episodes), code), self._params)
+                    paid = zip(np.asarray(outcomes.reward).tolist(), np.asarray(outcomes.caught).tolist(), strict=True)
+                for row, (scenario, (reward, caught)) in enumerate(zip(self._episodes, paid, strict=True)):
+                    key = scenario.row, now, after, decision
+                    if key not in followed:
+                        found = self._followed(chat, scenario, now, after, decision, caught, reward)
+                        if found is None:
+                            return None
+                        followed[key] = found
+                    segment, _ = followed[key]
+                    which[row, number, code] = segments.setdefault(segment, len(segments))
+        rewinds = {rewind for _, rewind in followed.values()}
+        if len(rewinds) != 1:
+            return None
+        options = tuple((scenario.comply, scenario.violate) for scenario in self._episodes)
+        return Script(self._condition.index, tuple(segments), which, options, *rewinds)
+
+    def _followed(
+        self, chat: Chat, scenario: Scenario, now: int, after: int, decision: str, caught: bool, reward: float
+    ) -> tuple[tuple[int, ...], int] | None:
+        """The ids between an answer and the next one, and how many of the prompt before the answer are gone then; None
+        where the chat template leaves more than that otherwise."""
+        first, second = (words.question(scenario, state, self._pattern, *self._texts) for state in (now, after))
+        text = json.dumps({"choice": scenario.violate if decision == "violate" else scenario.comply})
+        answer = tuple(chat.answer(text))
+        said = words.feedback(scenario, decision, caught, reward, text, *self._texts)
+        before = chat.encode(words.messages(scenario, first, (), None, self._parity))
+        turn = words.Turn(first, text, answer, said)
+        then = chat.encode(words.messages(scenario, second, (turn,), None, self._parity))
+        begin = next((i for i, (one, other) in enumerate(zip(before, then, strict=False)) if one != other), len(before))
+        if then[begin : begin + len(answer)] != list(answer):
+            return None
+        return tuple(then[begin + len(answer) :]), len(before) - begin
 
     def tell(self, answers: Sequence[Answer]) -> list[dict]:
         """The records of the round that was asked, [E], after the environment paid for these answers."""
@@ -136,7 +194,7 @@ class Lives:
         for history, scenario, question, answer, decision, reward, seen in zip(
             self._histories, self._episodes, self._questions, answers, decisions, rewards, caught, strict=True
         ):
-            said = words.feedback(scenario, decision, seen, reward, answer.text, self._wording, self._parity)
+            said = words.feedback(scenario, decision, seen, reward, answer.text, *self._texts)
             history.append(words.Turn(question, answer.text, answer.tokens, said))
         rows = zip(self._requests, self._episodes, answers, decisions, others, rewards, caught, strict=True)
         return [
