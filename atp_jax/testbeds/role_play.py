@@ -140,7 +140,7 @@ class Lives:
         followed: dict[tuple, tuple[tuple[int, ...], int]] = {}
         states = self._states
         for number, (now, after) in enumerate(itertools.pairwise(self._supervision.tolist())):
-            before = states
+            before = states  # the next ones are the same whatever is decided: they count rounds
             for code, decision in enumerate(DECISIONS):
                 with exact():
                     states, outcomes = _step(before, jnp.full(len(self._episodes), code), self._params)
