@@ -121,6 +121,7 @@ def test_a_round_is_begun_before_the_host_has_seen_to_the_one_before(organism, b
         life.tell(answers)
 
 
+@pytest.mark.slow
 def test_samples_share_their_first_prompt_and_wear_the_adapter(begun):
     model = tiny(tiny_tokenizers.qwen3_tokenizer())
     model = dataclasses.replace(model, lora=drawn(model.config, 0, mesh=model.mesh))
@@ -240,6 +241,7 @@ def test_there_is_no_script_of_what_depends_on_more_than_the_decision(unseen):
     assert lives(window=ROUNDS - 1).script(chat) is not None
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(checkpoint, tmp_path, monkeypatch, begun):  # noqa: F811
     monkeypatch.chdir(small_run.ROOT)
     more = ["--config.evolve.window=None", "--config.evolve.rounds=4", "--config.evolve.samples=1"]
