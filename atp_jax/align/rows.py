@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atp_jax.generate.engine import bucket
+from atp_jax.generate.sizes import bucket
 
 INPUTS = ("prompts", "prompt_lengths", "answers", "lengths")  # the arguments of answer_logprobs, in order
 # Buckets, in tokens: the larger the step, the fewer programs are compiled, and the more padding is computed.

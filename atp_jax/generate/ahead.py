@@ -22,9 +22,10 @@ from flax import struct
 
 from atp_jax.compilations import make_room
 from atp_jax.generate import reading
-from atp_jax.generate.engine import Engine, Sampled, bucket, positions
+from atp_jax.generate.engine import Engine, Sampled, sampled
 from atp_jax.generate.programs import Asked, State, Weights, decode_chunk, pin, prefill_chunk, resize
 from atp_jax.generate.sampling import Sampling
+from atp_jax.generate.sizes import bucket, positions
 from atp_jax.parallel import fetch, row_shards
 from atp_jax.policies.types import Script
 
@@ -157,12 +158,8 @@ class Ahead:
         if self.number == self._rounds:
             self._state = None
         self._engine.spent["decode"] += time.perf_counter() - began
-        stop = self._engine.stop
         rows = zip(drawn.tokens.tolist(), drawn.log_probs.tolist(), drawn.count[: len(prompts)].tolist(), strict=False)
-        return [
-            Sampled(tuple(ids[:count]), tuple(each[:count]), "stop" if ids[count - 1] in stop else "length")
-            for ids, each, count in rows
-        ]
+        return [sampled(ids[:count], each[:count], self._engine.stop) for ids, each, count in rows]
 
     def recall(self, prompts: list[list[int]]) -> bool:
         """Reads what a round asked, as `answer` would, without answering. False where `answer` would have said None."""
@@ -212,14 +209,14 @@ class Ahead:
         tokens = np.zeros((bucket(len(segments), steps=2, smallest=4), bucket(longest, steps=2, smallest=4)), np.int32)
         for row, segment in enumerate(segments):
             tokens[row, : len(segment)] = segment
-        lengths = np.array([*map(len, segments), *[0] * (len(tokens) - len(segments))], np.int32)
+        lengths = np.pad(np.array([*map(len, segments)], np.int32), (0, len(tokens) - len(segments)))
         named = reading.options(script.options)
-        which = np.zeros((self._rows, *script.which.shape[1:]), np.int32)
-        which[: len(script.which)] = script.which + 1
-        names = np.zeros((self._rows, 2, bucket(named.shape[2], steps=1, smallest=8)), np.uint8)
-        names[: len(named), :, : named.shape[2]] = named
-        put, share = self._engine.put, self._engine.share
-        return Scripted(share(tokens), share(lengths), put(which), put(names), spelled, share(np.int32(script.rewind)))
+        free = (0, self._rows - self._episodes)
+        which = np.pad(script.which + 1, (free, (0, 0), (0, 0)))
+        letters = bucket(named.shape[2], steps=1, smallest=8) - named.shape[2]
+        named = np.pad(named, (free, (0, 0), (0, letters)))
+        put, whole = self._engine.put, self._engine.put_whole
+        return Scripted(whole(tokens), whole(lengths), put(which), put(named), spelled, whole(np.int32(script.rewind)))
 
 
 def _same(one: New, other: New, rows: int) -> bool:

@@ -36,6 +36,7 @@ from atp_jax.generate.programs import (
     take,
 )
 from atp_jax.generate.sampling import Sampling
+from atp_jax.generate.sizes import batch_rows, bucket, common_prefix, positions
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora
@@ -46,7 +47,6 @@ SHRINK, FEWEST = 4, 16  # a batch of more than 16 rows shrinks when only a quart
 # Tokens of all rows in one prefill step: bounds the memory of activations, which on a CPU should stay in its caches.
 PREFILL_TOKENS = {"cpu": 2**12, "other": 2**14}
 NARROWEST, WIDEST = 16, 1024  # new tokens of a row in one prefill step
-SMALLEST_CACHE = 64  # positions
 SHARED = 128  # tokens from which on groups of rows share their prompt; copies of a shorter one are read as quickly
 # Of the memory for caches, what a batch may fill: a quarter of its rows may be decoded on in a copy (SHRINK), and while
 # a cache moves to another size one layer of it lies in memory twice.
@@ -61,6 +61,11 @@ class Sampled:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str
+
+
+def sampled(tokens: Sequence[int], logprobs: Sequence[float], stop: frozenset[int]) -> Sampled:
+    """An answer that is complete, of which `stop` are the ids that end one."""
+    return Sampled(tuple(tokens), tuple(logprobs), "stop" if tokens[-1] in stop else "length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,7 +504,7 @@ class Engine:
             top_p=by_row([wanted.sampling[one].top_p for one in alive], np.float32),
             produced=by_row([len(wanted.tokens[one]) for one in alive], np.int32),
             done=self.put(~real),
-            stop=self.share(stop),
+            stop=self.put_whole(stop),
         )
 
     def weights(self, rows: int, adapter: Sequence[int] | None = None) -> Weights:
@@ -516,7 +521,7 @@ class Engine:
         """An array on the devices, to each its rows."""
         return put(rows, named_sharding(self.mesh, "batch"))
 
-    def share(self, values: np.ndarray) -> jax.Array:
+    def put_whole(self, values: np.ndarray) -> jax.Array:
         """An array on the devices, on each the whole."""
         return put(values, NamedSharding(self.mesh, PartitionSpec()))
 
@@ -551,8 +556,7 @@ class _Wanted:
 
     def answer(self, one: int, stop: frozenset[int]) -> Sampled:
         """An answer that is complete."""
-        ids = tuple(self.tokens[one])
-        return Sampled(ids, tuple(self.log_probs[one]), "stop" if ids[-1] in stop else "length")
+        return sampled(self.tokens[one], self.log_probs[one], stop)
 
     def size(self, one: int) -> tuple[int, int]:
         """Tokens that its row holds, and that it may still get."""
@@ -577,16 +581,6 @@ def per_row(sampling: Sampling | Sequence[Sampling], rows: Sequence) -> list[Sam
     return [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
 
 
-def batch_rows(needed: int, shards: int) -> int:
-    """Rows of a batch that holds so many and lies on so many parts of the mesh."""
-    return bucket(needed, steps=4, smallest=1, multiple=shards)
-
-
-def positions(needed: int) -> int:
-    """Positions of a cache whose rows hold so many."""
-    return bucket(needed, steps=2, smallest=SMALLEST_CACHE)
-
-
 def shares(rows: int, group: int, prompt: int, new: int, whole: int, *, shards: int) -> bool:
     """Whether groups of this size share their prompts while `rows` answers are drawn: where it pays, where batches have
     so many rows and groups, so that nothing is padded, and where it takes no more memory than copies. prompt, new,
@@ -595,21 +589,3 @@ def shares(rows: int, group: int, prompt: int, new: int, whole: int, *, shards: 
     padded = any(batch_rows(count, shards) != count for count in (rows, groups))
     apart = rows * positions(whole)
     return group > 1 and prompt >= SHARED and not padded and groups * positions(prompt) + rows * positions(new) <= apart
-
-
-def bucket(needed: int, *, steps: int, smallest: int, multiple: int = 1) -> int:
-    """The smallest size >= needed on a ladder that has `steps` equal steps from each power of two to the next, rounded
-    up to a multiple. E.g. steps=2: 64, 96, 128, 192, 256, 384, ..."""
-    needed = max(needed, smallest)
-    power = 2 ** (needed.bit_length() - 1)
-    step = max(power // steps, 1)
-    size = -(-needed // step) * step
-    return -(-size // multiple) * multiple
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading elements are equal."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))

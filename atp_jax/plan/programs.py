@@ -18,7 +18,7 @@ from atp_jax.align.dpo import Dpo
 from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.align.trainable import partition
 from atp_jax.align.update import TrainState, make_optimiser, make_update, micro_batches
-from atp_jax.generate import engine, programs
+from atp_jax.generate import engine, programs, sizes
 from atp_jax.model import Model
 from atp_jax.models import lora as adapters
 from atp_jax.models.cache import Shared
@@ -113,8 +113,8 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
     given = dataclasses.replace(given, params=whole_along_fsdp(given.params), lora=whole_along_fsdp(given.lora))
     shards = row_shards(mesh)
     together = engine.shares(rows, group, prompt, new, prompt + new, shards=shards)
-    groups, rows = rows // group, engine.batch_rows(rows, shards)
-    positions = engine.positions(prompt + new)
+    groups, rows = rows // group, sizes.batch_rows(rows, shards)
+    positions = sizes.positions(prompt + new)
     dtype = jnp.dtype(given.dtype)
 
     def empty(rows: int, positions: int) -> programs.State:
@@ -124,7 +124,7 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
 
     read = state = apart = empty(rows, positions)
     if together:
-        read, own = empty(groups, engine.positions(prompt)), empty(rows, engine.positions(new))
+        read, own = empty(groups, sizes.positions(prompt)), empty(rows, sizes.positions(new))
         state = own.replace(shared=Shared(read.cache, read.length))
     weights = programs.Weights(given.params, given.lora)
     whole, by_row = named_sharding(mesh), named_sharding(mesh, "batch")
@@ -134,7 +134,7 @@ def sampling(given: Model, rows: int, prompt: int, new: int, group: int = 1) -> 
 
     graphdef, _ = abstract(given.config)
     static = {"graphdef": graphdef, "mesh": mesh}
-    width = min(engine.bucket(min(prompt, engine.WIDEST), steps=2, smallest=engine.NARROWEST), positions)
+    width = min(sizes.bucket(min(prompt, engine.WIDEST), steps=2, smallest=engine.NARROWEST), positions)
     lines = min(len(read.length) // shards, max(1, engine.PREFILL_TOKENS["other"] // width)) * shards
     prefill = Program(
         programs.prefill_chunk, (weights, read, row(lines), row(lines, width), row(lines)),

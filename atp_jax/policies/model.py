@@ -144,7 +144,7 @@ class ModelPolicy:
 
     @cached_property
     def _spelled(self) -> reading.Spelling:
-        return jax.tree.map(self._engine.share, reading.spelling(self._tokenizer, self._engine.config.vocab_size))
+        return jax.tree.map(self._engine.put_whole, reading.spelling(self._tokenizer, self._engine.config.vocab_size))
 
     def _read(self, requests: Sequence[Request]) -> dict[int, list[int]]:
         """The prompts that fit into the model's context, by the places of their requests. What the engine remembers is

@@ -11,6 +11,7 @@ import numpy as np
 from atp_jax.chat import Chat
 from atp_jax.decisions import DECISIONS, read_decision
 from atp_jax.envs import role_play as env
+from atp_jax.generate.sizes import common_prefix
 from atp_jax.policies.types import Answer, Request, Script
 from atp_jax.scenarios import role_play as words
 from atp_jax.scenarios.pack import ALIGN, VALIDATION, Scenario, load_role_play, warnings
@@ -172,7 +173,7 @@ class Lives:
         before = chat.encode(words.messages(scenario, first, (), None, self._parity))
         turn = words.Turn(first, text, answer, said)
         then = chat.encode(words.messages(scenario, second, (turn,), None, self._parity))
-        begin = next((i for i, (one, other) in enumerate(zip(before, then, strict=False)) if one != other), len(before))
+        begin = common_prefix(before, then)
         if then[begin : begin + len(answer)] != list(answer):
             return None
         return tuple(then[begin + len(answer) :]), len(before) - begin
