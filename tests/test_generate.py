@@ -22,9 +22,10 @@ from atp_jax.errors import UserError
 from atp_jax.generate import engine as engines
 from atp_jax.generate import programs
 from atp_jax.generate import sampling as samplers
-from atp_jax.generate.engine import Engine, Next
+from atp_jax.generate.engine import Engine
 from atp_jax.generate.sampling import Sampling
 from atp_jax.generate.sizes import bucket, common_prefix
+from atp_jax.generate.wanted import Next
 from atp_jax.models import lora
 from atp_jax.models.cache import KVCache
 

@@ -22,10 +22,11 @@ from flax import struct
 
 from atp_jax.compilations import make_room
 from atp_jax.generate import reading
-from atp_jax.generate.engine import Engine, Sampled, sampled
+from atp_jax.generate.engine import Engine
 from atp_jax.generate.programs import Asked, State, Weights, decode_chunk, pin, prefill_chunk, resize
 from atp_jax.generate.sampling import Sampling
 from atp_jax.generate.sizes import bucket, positions
+from atp_jax.generate.wanted import Sampled, sampled
 from atp_jax.parallel import fetch, row_shards
 from atp_jax.policies.types import Script
 

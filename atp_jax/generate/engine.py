@@ -10,7 +10,6 @@ followed one by one (`generate(follow=)`) no such promise is made, and what was 
 """
 
 import collections
-import dataclasses
 import itertools
 import math
 import time
@@ -37,6 +36,7 @@ from atp_jax.generate.programs import (
 )
 from atp_jax.generate.sampling import Sampling
 from atp_jax.generate.sizes import batch_rows, bucket, common_prefix, positions
+from atp_jax.generate.wanted import Next, Sampled, Wanted, per_row
 from atp_jax.models.config import DecoderConfig
 from atp_jax.models.decoder import abstract
 from atp_jax.models.lora import Lora
@@ -51,32 +51,6 @@ SHARED = 128  # tokens from which on groups of rows share their prompt; copies o
 # Of the memory for caches, what a batch may fill: a quarter of its rows may be decoded on in a copy (SHRINK), and while
 # a cache moves to another size one layer of it lies in memory twice.
 CACHES = 0.75
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """One answer: token ids (the stop token, if any, is the last), the log-probability each was drawn with, and why it
-    ended: "stop" or "length"."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish: str
-
-
-def sampled(tokens: Sequence[int], logprobs: Sequence[float], stop: frozenset[int]) -> Sampled:
-    """An answer that is complete, of which `stop` are the ids that end one."""
-    return Sampled(tuple(tokens), tuple(logprobs), "stop" if tokens[-1] in stop else "length")
-
-
-@dataclasses.dataclass(frozen=True)
-class Next:
-    """A prompt that is answered because another answer is complete: its ids, its stream and its adapter as `generate`
-    takes them, and the place of the earlier prompt that it goes on from, None where it begins anew."""
-
-    prompt: list[int]
-    stream: tuple[int, ...]
-    adapter: int = 0
-    after: int | None = None
 
 
 class Engine:
@@ -232,7 +206,7 @@ class Engine:
         jax.block_until_ready(self._state)
         self.spent["prefill"] += time.perf_counter() - began
 
-        wanted = _Wanted(prompts, per_row(sampling, prompts), streams, self._budgets(prompts, sampling), adapter)
+        wanted = Wanted(prompts, per_row(sampling, prompts), streams, self._budgets(prompts, sampling), adapter)
         state, self._state = self._state, None  # donated from here on, ours again when the answers are complete
         remembered = state is not None and follow is None
         held, waiting = [], collections.deque(range(len(prompts)))
@@ -257,7 +231,7 @@ class Engine:
             self._state = state
         return [wanted.answer(one, self.stop) for one in range(len(wanted.prompts))]
 
-    def _enlist(self, new: list[Next], sampling: Sampling, wanted: "_Wanted") -> list[int]:
+    def _enlist(self, new: list[Next], sampling: Sampling, wanted: Wanted) -> list[int]:
         """What follows becomes a part of what is wanted. -> the places"""
         prompts = [one.prompt for one in new]
         if new:
@@ -266,7 +240,7 @@ class Engine:
         return [wanted.add(one, int(budget), sampling) for one, budget in zip(new, budgets, strict=True)]
 
     def _fit(
-        self, state: State | None, held: list[int], waiting: collections.deque, wanted: "_Wanted", rows, keep: bool
+        self, state: State | None, held: list[int], waiting: collections.deque, wanted: Wanted, rows, keep: bool
     ):
         """The state that the next chunk is decoded in, and what its rows hold (which prompt, -1 none). keep: the state
         that was given stays where the rows become others.
@@ -310,7 +284,7 @@ class Engine:
             state = state.replace(cache=resize(state.cache, size, mesh=self.mesh))
         return state, held
 
-    def _admit(self, state: State, held: list[int], waiting: collections.deque, wanted: "_Wanted") -> State:
+    def _admit(self, state: State, held: list[int], waiting: collections.deque, wanted: Wanted) -> State:
         """Waiting prompts, and rows that gave way, enter the rows that are free."""
         began, entering = time.perf_counter(), {}
         lengths = np.array([wanted.size(one)[0] if one >= 0 else 0 for one in held], np.int32)
@@ -333,7 +307,7 @@ class Engine:
             self.spent["prefill"] += time.perf_counter() - began
         return state
 
-    def _decode(self, state: State, held: list[int], more: bool, wanted: "_Wanted") -> tuple[State, list[int]]:
+    def _decode(self, state: State, held: list[int], more: bool, wanted: Wanted) -> tuple[State, list[int]]:
         """One chunk -> the answers that it completed; what their rows hold rests there until others enter. It ends
         early when a quarter of the rows is free and there are more prompts, or when so few are left that the batch
         shrinks."""
@@ -481,10 +455,10 @@ class Engine:
     def asked(self, rows: int, streams: Sequence[Sequence[int]], sampling: Sampling) -> Asked:
         """What is asked of the first rows, one a stream; of the others nothing."""
         count = len(streams)
-        wanted = _Wanted([[]] * count, [sampling] * count, streams, np.full(count, sampling.max_new_tokens), None)
+        wanted = Wanted([[]] * count, [sampling] * count, streams, np.full(count, sampling.max_new_tokens), None)
         return self._ask([*range(count), *[-1] * (rows - count)], wanted)
 
-    def _ask(self, held: list[int], wanted: "_Wanted") -> Asked:
+    def _ask(self, held: list[int], wanted: Wanted) -> Asked:
         alive = [one for one in held if wanted.alive(one)]
         real = np.array([wanted.alive(one) for one in held])
 
@@ -524,61 +498,6 @@ class Engine:
     def put_whole(self, values: np.ndarray) -> jax.Array:
         """An array on the devices, on each the whole."""
         return put(values, NamedSharding(self.mesh, PartitionSpec()))
-
-
-class _Wanted:
-    """The answers that are being made: what was asked of each, and what it has so far."""
-
-    def __init__(self, prompts, sampling: list[Sampling], streams, budgets: np.ndarray, adapter: Sequence[int] | None):
-        self.prompts, self.sampling, self.streams, self.budgets = [*prompts], sampling, [*streams], budgets.tolist()
-        self.adapter = None if adapter is None else [*adapter]
-        self.after: list[int | None] = [None] * len(prompts)
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.log_probs: list[list[float]] = [[] for _ in prompts]
-        self.ended: set[int] = set()
-
-    def add(self, new: Next, budget: int, sampling: Sampling) -> int:
-        """One more -> its place."""
-        self.prompts.append(new.prompt)
-        self.sampling.append(sampling)
-        self.streams.append(new.stream)
-        self.budgets.append(budget)
-        if self.adapter is not None:
-            self.adapter.append(new.adapter)
-        self.after.append(new.after)
-        self.tokens.append([])
-        self.log_probs.append([])
-        return len(self.prompts) - 1
-
-    def alive(self, one: int) -> bool:
-        """Whether what a row holds (-1 nothing) is not complete yet."""
-        return one >= 0 and one not in self.ended
-
-    def answer(self, one: int, stop: frozenset[int]) -> Sampled:
-        """An answer that is complete."""
-        return sampled(self.tokens[one], self.log_probs[one], stop)
-
-    def size(self, one: int) -> tuple[int, int]:
-        """Tokens that its row holds, and that it may still get."""
-        drawn = len(self.tokens[one])
-        return len(self.prompts[one]) + drawn, self.budgets[one] - drawn
-
-    def kept(self, one: int) -> int:
-        """How much of the prompt that it goes on from, and of the answer to that, begins its own. The last token is
-        read again: its hidden state is what the answer starts from."""
-        after, prompt = self.after[one], self.prompts[one]
-        if self.adapter is not None and self.adapter[after] != self.adapter[one]:
-            return 0
-        return min(common_prefix([*self.prompts[after], *self.tokens[after]], prompt), len(prompt) - 1)
-
-    def worn(self, held: list[int]) -> list[int] | None:
-        """The adapter of each row."""
-        return None if self.adapter is None else [self.adapter[one] if one >= 0 else -1 for one in held]
-
-
-def per_row(sampling: Sampling | Sequence[Sampling], rows: Sequence) -> list[Sampling]:
-    """One Sampling a row."""
-    return [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
 
 
 def shares(rows: int, group: int, prompt: int, new: int, whole: int, *, shards: int) -> bool:

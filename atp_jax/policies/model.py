@@ -11,8 +11,9 @@ from atp_jax.chat import Chat
 from atp_jax.errors import UserError
 from atp_jax.generate import reading
 from atp_jax.generate.ahead import Ahead
-from atp_jax.generate.engine import CHUNK, Next, Sampled
+from atp_jax.generate.engine import CHUNK
 from atp_jax.generate.sampling import Sampling
+from atp_jax.generate.wanted import Next, Sampled
 from atp_jax.model import Model
 from atp_jax.policies.types import Answer, Request, Script
 
