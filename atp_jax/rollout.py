@@ -25,7 +25,7 @@ from atp_jax.testbeds.types import Condition, Lives
 @dataclass(frozen=True)
 class Finished:
     """One round that ended: its records, whether they were read back, and how long it took; None where rounds are lived
-    through side by side."""
+    through side by side, or begun ahead."""
 
     condition: Condition
     round: int
@@ -124,7 +124,8 @@ def run_conditions(
             else:
                 _check_same(records, recovered[place][number - first], path)
             everything[place] += records
-            on_round(Finished(condition, number, records, there, seconds[place]))
+            # Of a round that was begun ahead a part lies in the one before.
+            on_round(Finished(condition, number, records, there, None if evolve.ahead else seconds[place]))
     return everything
 
 

@@ -2,6 +2,7 @@
 program a round, also where what was foreseen is wrong."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -250,6 +251,8 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(checkpoint, tmp_pat
     assert main(arguments(tmp_path, checkpoint, tmp_path / "whole", *more)) == 0
     assert {number for number, draws in begun if draws} == {1, 2, 3, 4}
     expected = small_run.left_behind(tmp_path / "whole")
+    spent = [json.loads(line)["seconds"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert set(spent) == {None}  # a part of each lies in the one before
     small_run.assert_same_but_log_probs(expected, small_run.left_behind(tmp_path / "plain"))
     for share in (0.3, 0.9):
         run = tmp_path / str(share)
