@@ -12,8 +12,8 @@ import small_models
 
 from atp_jax.benchmarks import grpo
 from atp_jax.benchmarks.machine import Rates
+from atp_jax.benchmarks.peer import spelled_ids
 from atp_jax.benchmarks.random_model import random_model
-from atp_jax.benchmarks.trl_grpo import spelled_ids
 from atp_jax.benchmarks.work import update_flops
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine
@@ -67,7 +67,7 @@ def test_a_random_model_is_the_decoder_s_own(dtype):
 
 
 @pytest.mark.parametrize("eos", [0, 2])
-def test_prompts_reach_trl_as_the_same_ids(eos):
+def test_prompts_reach_peers_as_the_same_ids(eos):
     """Also where the end token is among them, whose number is within other numbers."""
     tokenizer = spelled_ids(500, eos)
     prompts = [[0, 2, 20, 22, 202, 499], [2], np.random.default_rng(0).integers(0, 500, 1000).tolist()]
@@ -93,9 +93,9 @@ def test_errors_are_one_line(arguments, said, request):
 
 def test_what_trl_cannot_do_is_refused():
     with pytest.raises(UserError, match="float32 on a CPU"):
-        grpo.trl_peer(SHAPE, "bfloat16", True, [], 2, 1, rank=2)
+        grpo.grpo_peer("trl", SHAPE, "bfloat16", True, [], 2, 1, rank=2)
     with pytest.raises(UserError, match="needs --rank"):
-        grpo.trl_peer(SHAPE, "float32", True, [], 2, 1, rank=0)
+        grpo.grpo_peer("trl", SHAPE, "float32", True, [], 2, 1, rank=0)
 
 
 @pytest.mark.torch
@@ -110,7 +110,7 @@ def test_trl_makes_each_step_after_ours(rank, monkeypatch):
     generate = Engine.generate
     monkeypatch.setattr(Engine, "generate", lambda *a, **k: made.append("ours") or generate(*a, **k))
     path = SHAPE if random else str(grpo.ORGANISM)
-    with grpo.trl_peer(path, "float32", random, asked, group=2, new=3, rank=rank) as peer:
+    with grpo.grpo_peer("trl", path, "float32", random, asked, group=2, new=3, rank=rank) as peer:
         seconds = peer.seconds
 
         def one() -> float:

@@ -1,10 +1,13 @@
 """Peers in processes of their own: what is said to them and by them."""
 
+import os
+import sys
+
 import pytest
 import small_models
 
-from atp_jax.benchmarks import generate
-from atp_jax.benchmarks.peer import Peer
+from atp_jax.benchmarks import generate, grpo
+from atp_jax.benchmarks.peer import Peer, tunix_peer
 from atp_jax.benchmarks.random_model import random_model
 from atp_jax.errors import UserError
 
@@ -25,6 +28,35 @@ def test_without_its_extra_a_peer_is_one_line(module, tmp_path, monkeypatch, cap
 def test_a_peer_that_cannot_begin_is_an_error():
     with pytest.raises(UserError, match="the peer ended"):
         Peer("atp_jax.benchmarks.no_such_module")
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("", "needs --peer_python"),
+        ("/no/such/python", "--peer_python: /no/such/python cannot be run: No such file"),
+        (sys.executable, "No module named 'tunix'; it needs --peer_python"),
+    ],
+)
+def test_tunix_needs_a_python_that_has_it(python, said, capfd):
+    with pytest.raises(UserError, match=said):
+        tunix_peer(python, model=SHAPE, dtype="float32", random=True)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif("TUNIX_PYTHON" not in os.environ, reason="TUNIX_PYTHON names no Python that has google-tunix")
+def test_tunix_does_the_same_work():
+    """As many tokens as asked for, and as many steps of training as ours, with all weights and with an adapter."""
+    python, model = os.environ["TUNIX_PYTHON"], random_model(SHAPE, "float32")
+    with tunix_peer(python, model=SHAPE, dtype="float32", random=True) as peer:
+        assert generate.measure(model, rows=2, prompt=5, new=3, repeats=2, peer=peer)["peer_s"] > 0
+    asked = grpo.random_prompts(model, length=7, prompts=2, steps=3)
+    for rank in (0, 2):
+        with grpo.grpo_peer("tunix", SHAPE, "float32", True, asked, 2, 3, rank, python) as peer:
+            result = grpo.measure(model, asked, group=2, new=3, rank=rank, peer=peer)
+            assert result["peer_s"] > 0 and result["peer"]["google-tunix"]
+            with pytest.raises(UserError, match="the peer ended"):
+                peer.seconds()
 
 
 @pytest.mark.torch

@@ -2,7 +2,7 @@ r"""Seconds of answering a batch of prompts of one length, beside transformers `
 
     python -m atp_jax.benchmarks.generate --make-test-model DIR
     python -m atp_jax.benchmarks.generate --model DIR [--random] --prompt 256 --new 64 --batch 1,16,64 \
-        [--against transformers]
+        [--against transformers|tunix]
 
 Random prompts; exactly `new` sampled tokens an answer. Prints one JSON object a batch size: seconds (median after the
 first, which compiles), prefill_s and decode_s of it, tokens_per_s (new tokens), compile_s, and the machine. With
@@ -12,7 +12,8 @@ at the bandwidth `bandwidth_gb_s` that copying a gigabyte reaches, `prefill_mfu`
 multiplications and additions (work.py) would take at the rate `product_tflops` of a large product in this dtype;
 `peak_gb` is the most memory in use so far on the first device.
 
---random takes of DIR only config.json, and random weights of that shape.
+--random takes of DIR only config.json, and random weights of that shape. --peer_python names the Python of an
+environment with google-tunix, which wants other versions than we do.
 
 --make-test-model writes a random Qwen3 of 7.3 million parameters and does nothing else: vocabulary 4096, hidden 256,
 feed-forward 768, 8 layers, 8 heads, 4 key-value heads of 32, tied. Its tokenizer is the organism's with unused tokens.
@@ -32,7 +33,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
-from atp_jax.benchmarks.peer import Peer
+from atp_jax.benchmarks.peer import Peer, tunix_peer
 from atp_jax.benchmarks.random_model import random_model
 from atp_jax.benchmarks.work import check_whole, must_read, prefill_flops
 from atp_jax.errors import UserError
@@ -128,7 +129,11 @@ def main(argv):
         batches, reached = batch_sizes(v.batch), rates(v.dtype)
         path = v.model or str(ORGANISM)
         model = random_model(path, v.dtype) if v.random else load_model(path, v.dtype)
-        theirs = transformers_peer(path, v.dtype, v.random) if v.against else contextlib.nullcontext()
+        theirs = contextlib.nullcontext()
+        if v.against == "tunix":
+            theirs = tunix_peer(v.peer_python, model=path, dtype=v.dtype, random=v.random)
+        elif v.against:
+            theirs = transformers_peer(path, v.dtype, v.random)
         with theirs as peer:
             for rows in batches:
                 print(json.dumps(measure(model, rows, v.prompt, v.new, v.repeats, peer, reached)), flush=True)
@@ -146,5 +151,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("batch", "1,16,64", "prompts answered together")
     flags.DEFINE_integer("repeats", 5, "repetitions after compilation", lower_bound=1)
     flags.DEFINE_string("dtype", "float32", "of the model")
-    flags.DEFINE_enum("against", "", ["", "transformers"], "what answers the same prompts in alternation")
+    flags.DEFINE_enum("against", "", ["", "transformers", "tunix"], "what answers the same prompts in alternation")
+    flags.DEFINE_string("peer_python", "", "Python that has google-tunix, for --against=tunix")
     app.run(main)

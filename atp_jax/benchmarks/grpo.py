@@ -1,7 +1,7 @@
 r"""Seconds of a GRPO step, beside TRL's if wanted.
 
     python -m atp_jax.benchmarks.grpo --model DIR [--random] [--data FILE | --prompt 1024] --prompts 4 --group 4 \
-        --new 64 --steps 6 [--against trl]
+        --new 64 --steps 6 [--against trl|tunix]
 
 Every completion has exactly `new` tokens (nothing stops it), so that the work can be set beside another program's.
 Prints one JSON object: step_s (median of the steps after the first, which compiles), generate_s and update_s of its
@@ -16,6 +16,7 @@ product in this dtype; `peak_gb` is the most memory in use on the first device.
 --data    a scenario file whose prompts are answered; empty: the shipped alignment pack
 --prompt  random prompts of so many tokens, in place of scenarios
 --rank    of a LoRA adapter; 0 trains all weights
+--peer_python  of an environment with google-tunix, which wants other versions than we do
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import as_many_as_fit, init_state, make_optimiser, make_update, micro_batches
 from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
-from atp_jax.benchmarks.peer import Peer
+from atp_jax.benchmarks.peer import Peer, tunix_peer
 from atp_jax.benchmarks.random_model import random_model
 from atp_jax.benchmarks.work import check_whole, update_flops
 from atp_jax.chat import Chat
@@ -65,12 +66,18 @@ def random_prompts(model: Model, length: int, prompts: int, steps: int) -> list[
     return np.random.default_rng(0).integers(3, model.config.vocab_size, (steps, prompts, length)).tolist()
 
 
-def trl_peer(model: str, dtype: str, random: bool, asked: list, group: int, new: int, rank: int) -> Peer:
-    """The peer that makes the same steps. UserError where it cannot."""
-    if random and not rank:
+def grpo_peer(
+    against: str, model: str, dtype: str, random: bool, asked: list, group: int, new: int, rank: int, python: str = ""
+) -> Peer:
+    """The peer that makes the same steps, "trl" or "tunix". UserError where it cannot."""
+    if against == "trl" and random and not rank:
         raise UserError("--against=trl with --random needs --rank: TRL reads a reference of its own from the directory")
-    given = {"model": model, "dtype": dtype, "random": random, "device": torch_device(dtype)}
-    return Peer("atp_jax.benchmarks.trl_grpo", **given, asked=asked, group=group, new=new, rank=rank)
+    given = {"model": model, "dtype": dtype, "random": random, "asked": asked, "group": group, "new": new, "rank": rank}
+    settings = GrpoSettings()
+    given |= {"kl": settings.kl, "learning_rate": settings.learning_rate}
+    if against == "tunix":
+        return tunix_peer(python, **given)
+    return Peer("atp_jax.benchmarks.trl_grpo", **given, device=torch_device(dtype))
 
 
 def measure(
@@ -160,7 +167,9 @@ def main(argv):
             asked = scenario_prompts(model, v.data, v.prompts, v.steps)
         theirs = contextlib.nullcontext()
         if v.against:
-            theirs = trl_peer(path, v.dtype, v.random, asked, v.group, v.new, v.rank)
+            theirs = grpo_peer(
+                v.against, path, v.dtype, v.random, asked, v.group, v.new, v.rank, v.peer_python
+            )  # fmt: skip
         with theirs as peer:
             print(json.dumps(measure(model, asked, v.group, v.new, v.rank, peer, reached)))
     except UserError as error:
@@ -179,5 +188,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 6, "steps, the first of which compiles")
     flags.DEFINE_integer("rank", 0, "of a LoRA adapter; 0: all weights", lower_bound=0)
     flags.DEFINE_string("dtype", "float32", "of the model")
-    flags.DEFINE_enum("against", "", ["", "trl"], "what makes the same steps in alternation")
+    flags.DEFINE_enum("against", "", ["", "trl", "tunix"], "what makes the same steps in alternation")
+    flags.DEFINE_string("peer_python", "", "Python that has google-tunix, for --against=tunix")
     app.run(main)

@@ -1,5 +1,5 @@
-"""Peers that the benchmarks are measured against, each in a process of its own (the extra `torch`): two programs in one
-process would share its threads.
+"""Peers that the benchmarks are measured against, each in a process of its own: two programs in one process would share
+its threads. Those in torch need the extra `torch`.
 
 Both sides speak in lines of JSON. The benchmark first says what there is to work on, which the peer answers with its
 versions; then it asks for one piece of work after another, each answered with {"seconds": 1.5}. {"error": "..."} in
@@ -13,20 +13,33 @@ sampled tokens each, as one batch padded on the left (or, with `each`, one call 
 import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from atp_jax.errors import UserError
 
+TORCH = "the extra `torch`"
+
 
 class Peer:
-    """A peer's process as a benchmark holds it: `with Peer(module, **given) as peer: peer.seconds(**asked)`."""
+    """A peer's process as a benchmark holds it: `with Peer(module, **given) as peer: peer.seconds(**asked)`.
 
-    def __init__(self, module: str, **given):
-        command = [sys.executable, "-m", module]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    python: what runs it, where that is another than this one; of this package it needs only the peer's modules.
+    """
+
+    def __init__(self, module: str, python: str = "", **given):
+        command = [python or sys.executable, "-m", module]
+        environment = os.environ | ({"PYTHONPATH": str(Path(__file__).parents[2])} if python else {})
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        except OSError as error:
+            raise UserError(f"--peer_python: {python} cannot be run: {error.strerror}") from None
         try:
             self.about = self._ask(given)
         except UserError:
@@ -60,6 +73,13 @@ class Peer:
         self._end()
 
 
+def tunix_peer(python: str, **given) -> Peer:
+    """google-tunix, which the Python of that path has, at the work that is `given`. UserError where none is named."""
+    if not python:
+        raise UserError("--against=tunix needs --peer_python, the Python of an environment with google-tunix")
+    return Peer("atp_jax.benchmarks.tunix_peer", python, **given)
+
+
 class Benchmark:
     """The benchmark as a peer's process holds it. What libraries print is no answer and goes to stderr."""
 
@@ -74,13 +94,13 @@ class Benchmark:
         print(json.dumps(answer), file=self._answers, flush=True)
 
 
-def run(work: Callable[[Benchmark], None]) -> None:
-    """The main program of a peer."""
+def run(work: Callable[[Benchmark], None], needs: str) -> None:
+    """The main program of a peer. needs: what has the packages that it imports."""
     benchmark = Benchmark()
     try:
         work(benchmark)
     except ImportError as error:
-        benchmark.say(error=f"--against: {error}; it needs the extra `torch`")
+        benchmark.say(error=f"--against: {error}; it needs {needs}")
     except UserError as error:
         benchmark.say(error=str(error))
 
@@ -105,6 +125,18 @@ def about(model, *packages: str) -> dict:
 
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", *packages)}
     return versions | {"threads": torch.get_num_threads(), "device": str(model.device), "dtype": str(model.dtype)}
+
+
+def spelled_ids(vocabulary: int, eos: int):
+    """A tokenizer for peers that take prompts as text: a text is its ids, "17 4 1093", and becomes the same ids. So
+    the prompts have exactly the tokens that ours have, whatever the model's tokenizer would make of their text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # The end token has no number, for it would be found within other numbers.
+    words = Tokenizer(models.WordLevel({"<eos>" if i == eos else str(i): i for i in range(vocabulary)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
 
 
 def clock(device: str) -> float:
@@ -144,4 +176,4 @@ def generate(benchmark: Benchmark) -> None:
 
 
 if __name__ == "__main__":
-    run(generate)
+    run(generate, TORCH)

@@ -1,7 +1,7 @@
 """The peer of `atp_jax.benchmarks.grpo`: the same step in TRL, as a process that peer.py describes.
 
-It is given {"model", "dtype", "random", "device", "asked", "group", "new", "rank"}; "asked" holds the token ids of the
-prompts of each step. The trainer runs its own loop and waits before each step until it is asked for it.
+It is given {"model", "dtype", "random", "device", "asked", "group", "new", "rank", "kl", "learning_rate"}; "asked" are
+token ids of the prompts of each step. The trainer runs its own loop and waits before each step until it is asked for.
 
 The same prompts, group, tokens a completion, KL weight, optimiser, and what is trained: all weights, or an adapter of
 the same rank and targets. What is trained is float32, computed in the dtype. On a CPU activations are not
@@ -13,19 +13,6 @@ import tempfile
 import numpy as np
 
 from atp_jax.benchmarks import peer
-from atp_jax.settings import GrpoSettings
-
-
-def spelled_ids(vocabulary: int, eos: int):
-    """A tokenizer for TRL, which takes prompts as text: a text is its ids, "17 4 1093", and becomes the same ids. So
-    the prompts have exactly the tokens that ours have, whatever the model's tokenizer would make of their text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    # The end token has no number, for it would be found within other numbers.
-    words = Tokenizer(models.WordLevel({"<eos>" if i == eos else str(i): i for i in range(vocabulary)}))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
 
 
 def train(benchmark: peer.Benchmark) -> None:
@@ -39,7 +26,7 @@ def train(benchmark: peer.Benchmark) -> None:
     on_gpu, rank, prompts = given["device"] == "cuda", given["rank"], given["asked"]
     model = peer.load(given, given["dtype"] if rank else "float32")
     stop = np.ravel(model.generation_config.eos_token_id or 0)
-    tokenizer = spelled_ids(model.config.vocab_size, int(stop[0]))
+    tokenizer = peer.spelled_ids(model.config.vocab_size, int(stop[0]))
     flat = [prompt for step in prompts for prompt in step]
     texts = tokenizer.batch_decode(flat)
     assert tokenizer(text=texts)["input_ids"] == flat
@@ -56,14 +43,14 @@ def train(benchmark: peer.Benchmark) -> None:
         assert all(len(ids) == given["new"] for ids in completion_ids)
         return [float(np.mean(np.array(ids) % 2)) for ids in completion_ids]
 
-    settings, rows = GrpoSettings(), len(prompts[0]) * given["group"]
+    rows = len(prompts[0]) * given["group"]
     adapter = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
     with tempfile.TemporaryDirectory() as scratch:
         arguments = trl.GRPOConfig(
             output_dir=scratch, per_device_train_batch_size=rows, num_generations=given["group"],
             max_completion_length=given["new"], generation_kwargs={"min_new_tokens": given["new"]},
-            max_steps=len(prompts), beta=settings.kl, learning_rate=settings.learning_rate, loss_type="dapo",
-            temperature=settings.temperature, use_cpu=not on_gpu, bf16=given["dtype"] == "bfloat16",
+            max_steps=len(prompts), beta=given["kl"], learning_rate=given["learning_rate"], loss_type="dapo",
+            temperature=1.0, use_cpu=not on_gpu, bf16=given["dtype"] == "bfloat16",
             gradient_checkpointing=on_gpu, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             shuffle_dataset=False,
         )  # fmt: skip
@@ -76,4 +63,4 @@ def train(benchmark: peer.Benchmark) -> None:
 
 
 if __name__ == "__main__":
-    peer.run(train)
+    peer.run(train, peer.TORCH)
