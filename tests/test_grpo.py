@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import small_models
-from test_generate import ONE
+from small_engines import ONE
 
 from atp_jax.align import loop
 from atp_jax.align.grpo import Draw, Grpo

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import small_models
 from flax import nnx
-from test_generate import ONE, assert_same, streams, text
+from small_engines import ONE, assert_same, streams, text
 
 from atp_jax.errors import UserError
 from atp_jax.generate.engine import Engine

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import small_models
-from test_generate import ONE
+from small_engines import ONE
 from test_lora import drawn, logits
 
 from atp_jax.models import peft as ours

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_models
-from test_generate import ONE
+from small_engines import ONE
 
 from atp_jax.align import rows as layout
 from atp_jax.align import update as updates

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 import small_models
 import small_run
-from test_generate import ONE
+from small_engines import ONE
 from tool_tellers import WORDING
 from transformers import AutoTokenizer
 
