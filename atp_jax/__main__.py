@@ -23,6 +23,11 @@ Under srun of SLURM and on the hosts of a TPU slice these are found without bein
 Exit status 0; 2 with one line on stderr for anything that you can mend; 1 where the program or a process failed.
 """
 
+if __name__ == "__main__":  # before all else, which it would import twice
+    from atp_jax.memory import keep_memory
+
+    keep_memory()
+
 import contextlib
 import dataclasses
 import os

@@ -8,11 +8,6 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-# On a CPU XLA takes memory for every step and gives it back. Kept for the next one, and in large pages, it costs less
-# (BUILD_NOTES.md, "Measured"; of the GNU C library 2.35 or newer, else ignored).
-keep="glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep}"
-
 find_python() {
     local candidate
     for candidate in python3 python3.12 python3.11 python3.13 python; do

@@ -19,6 +19,11 @@ environment with google-tunix, which wants other versions than we do.
 feed-forward 768, 8 layers, 8 heads, 4 key-value heads of 32, tied. Its tokenizer is the organism's with unused tokens.
 """
 
+if __name__ == "__main__":  # before all else, which it would import twice
+    from atp_jax.memory import keep_memory
+
+    keep_memory()
+
 import contextlib
 import json
 import sys

@@ -19,6 +19,11 @@ product in this dtype; `peak_gb` is the most memory in use on the first device.
 --peer_python  of an environment with google-tunix, which wants other versions than we do
 """
 
+if __name__ == "__main__":  # before all else, which it would import twice
+    from atp_jax.memory import keep_memory
+
+    keep_memory()
+
 import contextlib
 import dataclasses
 import json

@@ -15,6 +15,11 @@ prompt; compile_s, the machine.
 with one call a prompt, in a process of its own: peer_s by round, and ratio.
 """
 
+if __name__ == "__main__":  # before all else, which it would import twice
+    from atp_jax.memory import keep_memory
+
+    keep_memory()
+
 import contextlib
 import dataclasses
 import json

@@ -6,6 +6,11 @@ rewards told and not (--notools: for weights that have not learned it). Prints o
 and what is asked of the weights; exit status 1 when something asked for is not there.
 """
 
+if __name__ == "__main__":  # before all else, which it would import twice
+    from atp_jax.memory import keep_memory
+
+    keep_memory()
+
 import json
 import re
 import sys

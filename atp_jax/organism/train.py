@@ -7,6 +7,11 @@ the same way chunks that hold tool use (`LATER`). Stories are drawn afresh for e
 story is seen twice. The state is saved after every chunk, and the same command goes on where it stopped.
 """
 
+if __name__ == "__main__":  # before all else, which it would import twice
+    from atp_jax.memory import keep_memory
+
+    keep_memory()
+
 import json
 import time
 from collections.abc import Sequence
