@@ -23,10 +23,10 @@ Under srun of SLURM and on the hosts of a TPU slice these are found without bein
 Exit status 0; 2 with one line on stderr for anything that you can mend; 1 where the program or a process failed.
 """
 
-if __name__ == "__main__":  # before all else, which it would import twice
+if __name__ == "__main__":  # first of all: it starts the program again
     from atp_jax.memory import keep_memory
 
-    keep_memory()
+    keep_memory(__spec__)
 
 import contextlib
 import dataclasses

@@ -16,5 +16,5 @@ fi
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 enter_venv test
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$(.venv/bin/python -m atp_jax.memory)}" # pytest does not do it for itself
+export GLIBC_TUNABLES="${GLIBC_TUNABLES-$(.venv/bin/python -m atp_jax.memory)}" # pytest does not do it for itself
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -81,6 +81,9 @@ def test_prompts_reach_peers_as_the_same_ids(eos):
         (["--steps=1"], "--steps must be at least 2"),
         (["--prompt=5", "--data=x"], "give one of the two"),
         (["--random"], "--random has no tokenizer"),
+        (["--against=tunix"], "--against=tunix and --peer_python"),
+        (["--peer_python=x"], "go together"),
+        (["--against=tunix", "--peer_python=x", "--dtype=bfloat16"], "a stored model in float32"),
     ],
 )
 def test_errors_are_one_line(arguments, said, request):
@@ -93,9 +96,9 @@ def test_errors_are_one_line(arguments, said, request):
 
 def test_what_trl_cannot_do_is_refused():
     with pytest.raises(UserError, match="float32 on a CPU"):
-        grpo.grpo_peer("trl", SHAPE, "bfloat16", True, [], 2, 1, rank=2)
+        grpo.grpo_peer(SHAPE, "bfloat16", True, asked=[], group=2, new=1, rank=2)
     with pytest.raises(UserError, match="needs --rank"):
-        grpo.grpo_peer("trl", SHAPE, "float32", True, [], 2, 1, rank=0)
+        grpo.grpo_peer(SHAPE, "float32", True, asked=[], group=2, new=1, rank=0)
 
 
 @pytest.mark.torch
@@ -110,7 +113,7 @@ def test_trl_makes_each_step_after_ours(rank, monkeypatch):
     generate = Engine.generate
     monkeypatch.setattr(Engine, "generate", lambda *a, **k: made.append("ours") or generate(*a, **k))
     path = SHAPE if random else str(grpo.ORGANISM)
-    with grpo.grpo_peer("trl", path, "float32", random, asked, group=2, new=3, rank=rank) as peer:
+    with grpo.grpo_peer(path, "float32", random, asked=asked, group=2, new=3, rank=rank) as peer:
         seconds = peer.seconds
 
         def one() -> float:

@@ -7,7 +7,7 @@ import pytest
 import small_models
 
 from atp_jax.benchmarks import generate, grpo
-from atp_jax.benchmarks.peer import Peer, tunix_peer
+from atp_jax.benchmarks.peer import Peer
 from atp_jax.benchmarks.random_model import random_model
 from atp_jax.errors import UserError
 
@@ -33,14 +33,13 @@ def test_a_peer_that_cannot_begin_is_an_error():
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ("", "needs --peer_python"),
-        ("/no/such/python", "--peer_python: /no/such/python cannot be run: No such file"),
+        ("/no/such/python", "/no/such/python cannot be run: No such file"),
         (sys.executable, "No module named 'tunix'; it needs --peer_python"),
     ],
 )
 def test_tunix_needs_a_python_that_has_it(python, said, capfd):
     with pytest.raises(UserError, match=said):
-        tunix_peer(python, model=SHAPE, dtype="float32", random=True)
+        Peer("atp_jax.benchmarks.tunix_peer", python, task="generate", model=SHAPE)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -48,11 +47,11 @@ def test_tunix_needs_a_python_that_has_it(python, said, capfd):
 def test_tunix_does_the_same_work():
     """As many tokens as asked for, and as many steps of training as ours, with all weights and with an adapter."""
     python, model = os.environ["TUNIX_PYTHON"], random_model(SHAPE, "float32")
-    with tunix_peer(python, model=SHAPE, dtype="float32", random=True) as peer:
+    with Peer("atp_jax.benchmarks.tunix_peer", python, task="generate", model=SHAPE) as peer:
         assert generate.measure(model, rows=2, prompt=5, new=3, repeats=2, peer=peer)["peer_s"] > 0
     asked = grpo.random_prompts(model, length=7, prompts=2, steps=3)
     for rank in (0, 2):
-        with grpo.grpo_peer("tunix", SHAPE, "float32", True, asked, 2, 3, rank, python) as peer:
+        with grpo.grpo_peer(SHAPE, "float32", False, python, asked=asked, group=2, new=3, rank=rank) as peer:
             result = grpo.measure(model, asked, group=2, new=3, rank=rank, peer=peer)
             assert result["peer_s"] > 0 and result["peer"]["google-tunix"]
             with pytest.raises(UserError, match="the peer ended"):

@@ -13,7 +13,6 @@ from atp_jax.generate.wanted import Next
 from atp_jax.models import lora
 
 GROUPS = [4 * [prompt] for prompt in text(21, 70, 131, 9)]
-
 GROUPS[2] = GROUPS[0]  # two that happen to be the same
 
 

@@ -13,7 +13,7 @@ from atp_jax import memory
 PROGRAM = """
 import atp_jax.memory
 print("begun", flush=True)
-atp_jax.memory.keep_memory()
+atp_jax.memory.keep_memory(__spec__)
 import json, os, sys
 started_with = open("/proc/self/environ").read().replace("\\0", ":")  # the C library cuts what it reads into pieces
 has = {name: value for name, value in os.environ.items() if name.startswith(("GLIBC", "ATP_MEMORY"))}
@@ -24,13 +24,13 @@ sys.exit(3)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have no such settings")
 
 
-def run(tmp_path, **variables):
-    """-> how often it began, and what else it said of itself"""
+def run(tmp_path, *before, **variables):
+    """before: what stands before the program on the command line. -> how often it began, and what else it said"""
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if name != memory.NAME} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(memory.__file__).parents[1])])
     process = subprocess.Popen(
-        [sys.executable, "-X", "utf8", "-m", "program", "--flag=a b", "", "*"], env=environment, text=True,
+        [sys.executable, "-X", "utf8", *before, "-m", "program", "--flag=a b", "", "*"], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     *begun, said = process.communicate("asked")[0].splitlines()
@@ -50,6 +50,28 @@ def test_it_begins_again_and_those_it_starts_know_nothing_of_it(tmp_path):
 def test_who_has_set_it_is_left_alone(tmp_path, value):
     begun, started_with, has = run(tmp_path, GLIBC_TUNABLES=value)
     assert begun == 1 and memory.KEPT not in started_with and has == {"GLIBC_TUNABLES": value}
+
+
+def test_a_debugger_is_not_started_again(tmp_path):
+    """Nor anything else that runs the program within itself."""
+    (tmp_path / "debugger.py").write_text(
+        "import runpy, sys\nsys.argv[1:3] = []\nrunpy.run_module('program', run_name='__main__', alter_sys=True)\n"
+    )
+    begun, started_with, has = run(tmp_path, "-m", "debugger")
+    assert begun == 1 and memory.KEPT not in started_with and not has
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["", ".organism.train", ".organism.examine", ".benchmarks.generate", ".benchmarks.grpo", ".benchmarks.role_play"],
+)
+def test_what_runs_a_model_keeps_its_memory(tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('begun', file=sys.stderr)\n")
+    environment = {name: value for name, value in os.environ.items() if name != memory.NAME}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(memory.__file__).parents[1])])
+    command = [sys.executable, "-m", "atp_jax" + module, "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines().count("begun") == 2 and "--" in done.stdout
 
 
 def test_the_settings_can_be_asked_for():

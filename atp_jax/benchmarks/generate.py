@@ -1,4 +1,4 @@
-r"""Seconds of answering a batch of prompts of one length, beside transformers `generate` if wanted.
+r"""Seconds of answering a batch of prompts of one length, beside transformers `generate` or tunix if wanted.
 
     python -m atp_jax.benchmarks.generate --make-test-model DIR
     python -m atp_jax.benchmarks.generate --model DIR [--random] --prompt 256 --new 64 --batch 1,16,64 \
@@ -19,10 +19,10 @@ environment with google-tunix, which wants other versions than we do.
 feed-forward 768, 8 layers, 8 heads, 4 key-value heads of 32, tied. Its tokenizer is the organism's with unused tokens.
 """
 
-if __name__ == "__main__":  # before all else, which it would import twice
+if __name__ == "__main__":  # first of all: it starts the program again
     from atp_jax.memory import keep_memory
 
-    keep_memory()
+    keep_memory(__spec__)
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
-from atp_jax.benchmarks.peer import Peer, tunix_peer
+from atp_jax.benchmarks.peer import Peer, check_tunix
 from atp_jax.benchmarks.random_model import random_model
 from atp_jax.benchmarks.work import check_whole, must_read, prefill_flops
 from atp_jax.errors import UserError
@@ -131,12 +131,13 @@ def main(argv):
         if v["make-test-model"].value:
             make_test_model(Path(v["make-test-model"].value))
             return
+        check_tunix(v.against, v.peer_python, v.dtype, v.random)
         batches, reached = batch_sizes(v.batch), rates(v.dtype)
         path = v.model or str(ORGANISM)
         model = random_model(path, v.dtype) if v.random else load_model(path, v.dtype)
         theirs = contextlib.nullcontext()
         if v.against == "tunix":
-            theirs = tunix_peer(v.peer_python, model=path, dtype=v.dtype, random=v.random)
+            theirs = Peer("atp_jax.benchmarks.tunix_peer", v.peer_python, task="generate", model=path)
         elif v.against:
             theirs = transformers_peer(path, v.dtype, v.random)
         with theirs as peer:

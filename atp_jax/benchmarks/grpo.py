@@ -1,4 +1,4 @@
-r"""Seconds of a GRPO step, beside TRL's if wanted.
+r"""Seconds of a GRPO step, beside TRL's or tunix's if wanted.
 
     python -m atp_jax.benchmarks.grpo --model DIR [--random] [--data FILE | --prompt 1024] --prompts 4 --group 4 \
         --new 64 --steps 6 [--against trl|tunix]
@@ -19,10 +19,10 @@ product in this dtype; `peak_gb` is the most memory in use on the first device.
 --peer_python  of an environment with google-tunix, which wants other versions than we do
 """
 
-if __name__ == "__main__":  # before all else, which it would import twice
+if __name__ == "__main__":  # first of all: it starts the program again
     from atp_jax.memory import keep_memory
 
-    keep_memory()
+    keep_memory(__spec__)
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ from atp_jax.align.grpo import Draw, Grpo
 from atp_jax.align.trainable import join, partition
 from atp_jax.align.update import as_many_as_fit, init_state, make_optimiser, make_update, micro_batches
 from atp_jax.benchmarks.machine import Rates, machine, rates, torch_device
-from atp_jax.benchmarks.peer import Peer, tunix_peer
+from atp_jax.benchmarks.peer import Peer, check_tunix
 from atp_jax.benchmarks.random_model import random_model
 from atp_jax.benchmarks.work import check_whole, update_flops
 from atp_jax.chat import Chat
@@ -71,18 +71,17 @@ def random_prompts(model: Model, length: int, prompts: int, steps: int) -> list[
     return np.random.default_rng(0).integers(3, model.config.vocab_size, (steps, prompts, length)).tolist()
 
 
-def grpo_peer(
-    against: str, model: str, dtype: str, random: bool, asked: list, group: int, new: int, rank: int, python: str = ""
-) -> Peer:
-    """The peer that makes the same steps, "trl" or "tunix". UserError where it cannot."""
-    if against == "trl" and random and not rank:
-        raise UserError("--against=trl with --random needs --rank: TRL reads a reference of its own from the directory")
-    given = {"model": model, "dtype": dtype, "random": random, "asked": asked, "group": group, "new": new, "rank": rank}
+def grpo_peer(model: str, dtype: str, random: bool, tunix: str = "", **work) -> Peer:
+    """The peer that makes the same steps: TRL, or google-tunix in the Python `tunix`. work: asked, group, new and rank,
+    as in `measure`. UserError where it cannot."""
     settings = GrpoSettings()
-    given |= {"kl": settings.kl, "learning_rate": settings.learning_rate}
-    if against == "tunix":
-        return tunix_peer(python, **given)
-    return Peer("atp_jax.benchmarks.trl_grpo", **given, device=torch_device(dtype))
+    given = work | {"model": model, "kl": settings.kl, "learning_rate": settings.learning_rate}
+    given["temperature"] = settings.temperature
+    if tunix:
+        return Peer("atp_jax.benchmarks.tunix_peer", tunix, task="train", **given)
+    if random and not work["rank"]:
+        raise UserError("--against=trl with --random needs --rank: TRL reads a reference of its own from the directory")
+    return Peer("atp_jax.benchmarks.trl_grpo", **given, dtype=dtype, random=random, device=torch_device(dtype))
 
 
 def measure(
@@ -158,6 +157,7 @@ def main(argv):
     del argv
     v = flags.FLAGS
     try:
+        check_tunix(v.against, v.peer_python, v.dtype, v.random)
         if v.steps < 2:
             raise UserError("--steps must be at least 2: the first one compiles")
         if v.prompt and v.data:
@@ -172,9 +172,8 @@ def main(argv):
             asked = scenario_prompts(model, v.data, v.prompts, v.steps)
         theirs = contextlib.nullcontext()
         if v.against:
-            theirs = grpo_peer(
-                v.against, path, v.dtype, v.random, asked, v.group, v.new, v.rank, v.peer_python
-            )  # fmt: skip
+            work = {"asked": asked, "group": v.group, "new": v.new, "rank": v.rank}
+            theirs = grpo_peer(path, v.dtype, v.random, v.peer_python, **work)
         with theirs as peer:
             print(json.dumps(measure(model, asked, v.group, v.new, v.rank, peer, reached)))
     except UserError as error:

@@ -13,7 +13,6 @@ sampled tokens each, as one batch padded on the left (or, with `each`, one call 
 import contextlib
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,14 +31,15 @@ class Peer:
     """
 
     def __init__(self, module: str, python: str = "", **given):
-        command = [python or sys.executable, "-m", module]
-        environment = os.environ | ({"PYTHONPATH": str(Path(__file__).parents[2])} if python else {})
+        command = [sys.executable, "-m", module]
+        if python:  # which has packages of its own, so ours come last
+            ours = str(Path(__file__).parents[2])
+            code = f"import runpy, sys; sys.path.append({ours!r}); runpy.run_module({module!r}, run_name='__main__')"
+            command = [python, "-c", code]
         try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
-            raise UserError(f"--peer_python: {python} cannot be run: {error.strerror}") from None
+            raise UserError(f"{command[0]} cannot be run: {error.strerror}") from None
         try:
             self.about = self._ask(given)
         except UserError:
@@ -73,11 +73,12 @@ class Peer:
         self._end()
 
 
-def tunix_peer(python: str, **given) -> Peer:
-    """google-tunix, which the Python of that path has, at the work that is `given`. UserError where none is named."""
-    if not python:
-        raise UserError("--against=tunix needs --peer_python, the Python of an environment with google-tunix")
-    return Peer("atp_jax.benchmarks.tunix_peer", python, **given)
+def check_tunix(against: str, python: str, dtype: str, random: bool) -> None:
+    """UserError where google-tunix has no Python to run it, or is asked for what it would not do as we do."""
+    if (against == "tunix") != bool(python):
+        raise UserError("--against=tunix and --peer_python, the Python of an environment that has it, go together")
+    if python and (random or dtype != "float32"):
+        raise UserError("--against=tunix compares a stored model in float32: leave --random and --dtype out")
 
 
 class Benchmark:

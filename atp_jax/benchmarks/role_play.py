@@ -15,10 +15,10 @@ prompt; compile_s, the machine.
 with one call a prompt, in a process of its own: peer_s by round, and ratio.
 """
 
-if __name__ == "__main__":  # before all else, which it would import twice
+if __name__ == "__main__":  # first of all: it starts the program again
     from atp_jax.memory import keep_memory
 
-    keep_memory()
+    keep_memory(__spec__)
 
 import contextlib
 import dataclasses

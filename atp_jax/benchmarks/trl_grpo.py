@@ -1,7 +1,8 @@
 """The peer of `atp_jax.benchmarks.grpo`: the same step in TRL, as a process that peer.py describes.
 
-It is given {"model", "dtype", "random", "device", "asked", "group", "new", "rank", "kl", "learning_rate"}; "asked" are
-token ids of the prompts of each step. The trainer runs its own loop and waits before each step until it is asked for.
+It is given {"model", "dtype", "random", "device", "asked", "group", "new", "rank", "kl", "temperature",
+"learning_rate"}; "asked" are token ids of the prompts of each step. The trainer runs its own loop and waits before each
+step until it is asked for it.
 
 The same prompts, group, tokens a completion, KL weight, optimiser, and what is trained: all weights, or an adapter of
 the same rank and targets. What is trained is float32, computed in the dtype. On a CPU activations are not
@@ -50,7 +51,7 @@ def train(benchmark: peer.Benchmark) -> None:
             output_dir=scratch, per_device_train_batch_size=rows, num_generations=given["group"],
             max_completion_length=given["new"], generation_kwargs={"min_new_tokens": given["new"]},
             max_steps=len(prompts), beta=given["kl"], learning_rate=given["learning_rate"], loss_type="dapo",
-            temperature=1.0, use_cpu=not on_gpu, bf16=given["dtype"] == "bfloat16",
+            temperature=given["temperature"], use_cpu=not on_gpu, bf16=given["dtype"] == "bfloat16",
             gradient_checkpointing=on_gpu, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             shuffle_dataset=False,
         )  # fmt: skip

@@ -6,10 +6,10 @@ rewards told and not (--notools: for weights that have not learned it). Prints o
 and what is asked of the weights; exit status 1 when something asked for is not there.
 """
 
-if __name__ == "__main__":  # before all else, which it would import twice
+if __name__ == "__main__":  # first of all: it starts the program again
     from atp_jax.memory import keep_memory
 
-    keep_memory()
+    keep_memory(__spec__)
 
 import json
 import re

@@ -7,10 +7,10 @@ the same way chunks that hold tool use (`LATER`). Stories are drawn afresh for e
 story is seen twice. The state is saved after every chunk, and the same command goes on where it stopped.
 """
 
-if __name__ == "__main__":  # before all else, which it would import twice
+if __name__ == "__main__":  # first of all: it starts the program again
     from atp_jax.memory import keep_memory
 
-    keep_memory()
+    keep_memory(__spec__)
 
 import json
 import time
